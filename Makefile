@@ -1,0 +1,38 @@
+# Every target sets up its own virtual environment when it is missing; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# A torch build without CUDA where the machine offers one; on a GPU machine: make TORCH="torch" quickstart
+TORCH  ?= torch==2.13.0
+
+.PHONY: quickstart test slow lint bench smollm2 clean
+
+$(VENV)/.core: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/pip install -q --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+quickstart: $(VENV)/.core  ## train three small experts, fuse them into a fourth model, show the result
+	$(BIN)/rayfuse quickstart
+
+test: $(VENV)/.dev lint  ## lint, types and the default tests
+	$(BIN)/python -m pytest -q
+
+slow: $(VENV)/.dev  ## the tests that take minutes, and those that kill processes
+	$(BIN)/python -m pytest -q -m "slow or chaos"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev  ## the benchmarks that run on a CPU, one line per case
+	set -e; for f in jobs/bench/*.py; do echo "== $$f"; $(BIN)/python $$f; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
