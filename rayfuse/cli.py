@@ -1,0 +1,114 @@
+"""The command line. Heavy modules are imported by the command that needs them, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rayfuse.config import load_config
+from rayfuse.errors import RayfuseError
+
+app = typer.Typer(
+    name="rayfuse",
+    help="Fuse several expert language models with different tokenizers into one student, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+inspect_app = typer.Typer(help="Look at what fusion works on.", no_args_is_help=True)
+app.add_typer(inspect_app, name="inspect")
+
+ConfigFile = Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=value ...: changes to the file", show_default=False)]
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check everything that can be wrong before a run: keys, files, tokenizers, templates, data, disk."""
+    from rayfuse.check import check_config
+
+    console = Console()
+    faults = check_config(load_config(config, overrides or []), console)
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command()
+def fuse(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with what the output folder holds")] = False,
+) -> None:
+    """Run all stages of a configuration and write the fused model."""
+    run(config, overrides or [], resume=resume)
+
+
+def run(config: Path, overrides: list[str], *, resume: bool = False) -> None:
+    """`rayfuse fuse`, also for scripts: run, then show the results and where they are."""
+    resolved = load_config(config, overrides)
+    from rayfuse.fuse import fuse as fuse_config
+
+    console = Console()
+    fuse_config(resolved, resume=resume, console=console)
+    show_results(Path(resolved.output), console)
+
+
+def show_results(output: Path, console: Console) -> None:
+    """Print a finished run's table, and where its model and report are."""
+    import json
+
+    from rayfuse.report import result_table
+
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    if results["models"]:
+        console.print(result_table(results))
+    console.print(f"fused model  {output / 'model'}\nreport       {output / 'report.html'}", highlight=False)
+
+
+@app.command()
+def quickstart(
+    folder: Annotated[Path, typer.Option(help="where the run goes")] = Path("runs/quickstart"),
+    cache: Annotated[
+        Path | None, typer.Option(help="where the small experts are kept", show_default="~/.cache/rayfuse")
+    ] = None,
+) -> None:
+    """Train three small experts and a pivot (once), fuse them, show the result."""
+    from rayfuse.quickstart.run import run_quickstart
+
+    console = Console()
+    run_quickstart(folder, cache, console)
+    show_results(folder, console)
+
+
+@inspect_app.command("align")
+def inspect_align(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    text: Annotated[str, typer.Option("--text", help="the response text to look at")] = "",
+) -> None:
+    """Show how each teacher's tokens meet the student's, and which student tokens no teacher has."""
+    resolved = load_config(config, overrides or [])
+    from rayfuse.inspection import alignment_view
+    from rayfuse.models import load_tokenizer
+
+    if not text:
+        raise typer.BadParameter('give a text to look at, for example --text "12345 apples"', param_hint="--text")
+    teachers = {teacher.name: load_tokenizer(teacher) for teacher in resolved.teachers}
+    Console().print(alignment_view(load_tokenizer(resolved.student), teachers, text))
+
+
+def main() -> None:
+    """Entry point: errors that rayfuse raises on purpose become one message and exit status 1."""
+    try:
+        app()
+    except RayfuseError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(str(error))
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Data: rows of a file or hub data set -> samples -> units.
+
+A sample is one assistant turn: the messages before it and the response text. Every model renders the messages with its
+own chat template; what all models share is the response, as UTF-8 bytes. A conversation with several assistant turns
+becomes several samples, each with exactly the prompt that the model would see when it is asked for that turn.
+
+A unit is a handful of samples of similar length: what one prepare task makes, one teacher call scores and one student
+micro-step consumes. Its content depends on the data alone; epochs and seeds only shuffle the order of the units.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from rayfuse.config import Data
+from rayfuse.errors import DataError
+
+ROLES = ("system", "user", "assistant", "tool")
+LENGTH_WINDOW = 4096
+"""Samples among which units of similar length are formed: large enough for little padding, small enough to mix."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One assistant turn.
+
+    Attributes:
+        messages: (role, content) of everything before the response.
+        response: the assistant's text, never empty.
+        skill: an optional label that evaluation groups by.
+    """
+
+    messages: tuple[tuple[str, str], ...]
+    response: str
+    skill: str = ""
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 (hex) of the messages and the response: the sample's name in the signal store.
+
+        How a model renders the messages is part of that model's fingerprint, so the two together name one answer.
+        """
+        text = json.dumps([self.messages, self.response], ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class DataCounts:
+    """What became of the rows; shown in the report and the model card."""
+
+    rows: int = 0
+    bad_rows: int = 0
+    samples: int = 0
+    too_long: int = 0
+    cut: int = 0
+    first_bad: str = ""
+
+
+# --- rows -> samples ------------------------------
+
+
+def read_samples(data: Data, *, first: int | None = None) -> tuple[list[Sample], DataCounts]:
+    """Read and check a data set.
+
+    Args:
+        data: where it is, and what to do with a malformed row.
+        first: read at most this many rows (a quick check), besides `data.limit`.
+
+    Raises:
+        DataError: the data set cannot be read or holds no sample; or a row is malformed and `on_bad_row` is "error".
+            The message names file, line (or row) and reason.
+    """
+    limit = min(filter(None, (data.limit, first)), default=None)
+    samples: list[Sample] = []
+    rows = bad = 0
+    first_bad = ""
+    for place, row in read_rows(data, limit):
+        rows += 1
+        try:
+            if isinstance(row, DataError):
+                raise row
+            samples += samples_of_row(row)
+        except DataError as error:
+            fault = f"{place}: {error}"
+            if data.on_bad_row == "error":
+                raise DataError(
+                    f"{fault}. Correct the row, or set data.on_bad_row: skip to leave such rows out"
+                ) from None
+            bad += 1
+            first_bad = first_bad or fault
+    if not samples:
+        reason = f"all {rows} rows are malformed, the first: {first_bad}" if bad else "it has no rows"
+        raise DataError(f"the data set {data.path} gives no sample: {reason}")
+    return samples, DataCounts(rows=rows, bad_rows=bad, samples=len(samples), first_bad=first_bad)
+
+
+def read_rows(data: Data, limit: int | None = None) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
+    """Yield (place, row) pairs, where a place is what a person needs to find the row: `file:line` or `name, row n`.
+
+    JSON lines are read one by one, so that a broken line is named and the rest can still be used (its row is then the
+    error itself); every other format goes through the `datasets` library.
+    """
+    if data.path.endswith((".jsonl", ".ndjson")):
+        yield from _read_json_lines(data.path, limit)
+        return
+    import datasets
+
+    suffix = data.path.rsplit(".", 1)[-1]
+    try:
+        if suffix in ("json", "parquet"):
+            table = datasets.load_dataset(suffix, data_files=data.path, split="train")
+        elif Path(data.path).is_dir() and (Path(data.path) / "dataset_info.json").exists():
+            table = datasets.load_from_disk(data.path)
+        else:
+            table = datasets.load_dataset(data.path, data.name, split=data.split, revision=data.revision)
+    except Exception as error:
+        raise DataError(f"cannot read the data set {data.path}: {type(error).__name__}: {error}") from error
+    for number, row in enumerate(table):
+        if limit is not None and number >= limit:
+            return
+        yield f"{data.path}, row {number}", row
+
+
+def _read_json_lines(path: str, limit: int | None) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
+    try:
+        with fsspec.open(path, "rb") as file:
+            count = 0
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                if limit is not None and count >= limit:
+                    return
+                count += 1
+                try:
+                    yield f"{path}:{number}", json.loads(line)
+                except ValueError as error:
+                    yield f"{path}:{number}", DataError(f"not valid JSON in UTF-8 ({error})")
+    except (OSError, ImportError) as error:
+        raise DataError(f"cannot read the data set {path}: {error}") from error
+
+
+def samples_of_row(row: Any) -> list[Sample]:
+    """The samples of one row: one per assistant turn of `messages`, or the one of `prompt` and `response`.
+
+    Raises:
+        DataError: the row has neither form; a role, a content or the response is missing, empty or not text.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"a row must be an object with keys, not {type(row).__name__}")
+    skill = row.get("skill") or ""
+    if not isinstance(skill, str):
+        raise DataError(f"'skill' must be text, not {type(skill).__name__}")
+    if row.get("messages") is not None:
+        messages = _messages(row["messages"], "messages")
+        turns = [index for index, (role, _) in enumerate(messages) if role == "assistant"]
+        if not turns:
+            raise DataError("'messages' has no assistant turn to learn from")
+        return [Sample(messages[:i], _response(messages[i][1], "an assistant turn"), skill) for i in turns]
+    if "prompt" in row and "response" in row:
+        prompt = row["prompt"]
+        if isinstance(prompt, str):
+            _encodable(prompt, "prompt")
+            return [Sample((("user", prompt),), _response(row["response"], "'response'"), skill)]
+        return [Sample(_messages(prompt, "prompt"), _response(row["response"], "'response'"), skill)]
+    raise DataError(f"a row needs 'messages', or 'prompt' and 'response'; it has {sorted(map(str, row))}")
+
+
+def _messages(value: Any, name: str) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise DataError(f"'{name}' must be a non-empty list of messages, not {value!r:.60}")
+    messages = []
+    for index, message in enumerate(value):
+        if not isinstance(message, Mapping):
+            raise DataError(f"{name}[{index}] must be an object with 'role' and 'content', not {message!r:.60}")
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise DataError(f"{name}[{index}]: role {role!r} is none of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise DataError(f"{name}[{index}]: content must be text, not {type(content).__name__}")
+        _encodable(content, f"{name}[{index}]")
+        messages.append((role, content))
+    return tuple(messages)
+
+
+def _response(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} must be text, not {type(value).__name__}")
+    if not value:
+        raise DataError(f"{name} is empty; there is nothing to learn from it")
+    return _encodable(value, name)
+
+
+def _encodable(text: str, name: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{name} is not valid Unicode (half a surrogate pair at character {error.start})") from None
+    return text
+
+
+# --- samples -> units ------------------------------
+
+
+def make_units(samples: Sequence[Sample], lengths: Sequence[int], unit_size: int) -> list[list[int]]:
+    """Cut the samples into units of `unit_size` (the last may be smaller): lists of indices into `samples`.
+
+    Samples stand in the order of their content's hash, are sorted by length inside windows of LENGTH_WINDOW, and cut.
+    So a unit pads little, and which samples share a unit depends on nothing but the data.
+    """
+    order = sorted(range(len(samples)), key=lambda i: (samples[i].key, i))
+    units: list[list[int]] = []
+    for start in range(0, len(order), LENGTH_WINDOW):
+        window = sorted(order[start : start + LENGTH_WINDOW], key=lambda i: (lengths[i], samples[i].key, i))
+        units += [window[i : i + unit_size] for i in range(0, len(window), unit_size)]
+    return units
+
+
+def unit_order(units: int, total: int, seed: int) -> list[int]:
+    """The units of `total` micro-steps: whole epochs, each shuffled by seed and epoch, cut at `total`."""
+    order: list[int] = []
+    for epoch in range(-(-total // units)):
+        shuffled = list(range(units))
+        random.Random(f"{seed}/{epoch}").shuffle(shuffled)
+        order += shuffled
+    return order[:total]

@@ -1,0 +1,186 @@
+"""Evaluation on held-out items: exact match per skill by greedy generation, and bits per byte.
+
+Bits per byte is the negative log2-likelihood of the responses (end-of-turn included) over their UTF-8 bytes: models
+with different tokenizers can be compared by it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from rayfuse.config import Benchmark, Data, Teacher
+from rayfuse.data import Sample, read_samples
+from rayfuse.models import context_length
+from rayfuse.teachers.transformers import TransformersTeacher
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def _last_number(text: str) -> str | None:
+    numbers = _NUMBER.findall(text)
+    return numbers[-1].replace(",", "") if numbers else None
+
+
+def _same_number(answer: str, reference: str) -> bool:
+    got, wanted = _last_number(answer), _last_number(reference)
+    return got is not None and wanted is not None and float(got) == float(wanted)
+
+
+SCORES: dict[str, Callable[[str, str], bool]] = {
+    "exact": lambda answer, reference: answer.strip() == reference.strip(),
+    "number": _same_number,
+}
+"""Whether an answer is right, by the name of the score."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Right answers among the items of one skill."""
+
+    right: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Right answers over all."""
+        return self.right / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% Wilson interval of the share."""
+        z, n, p = 1.959964, self.total, self.share
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model did on the items.
+
+    Attributes:
+        name: the model's name in tables.
+        role: "teacher", "pivot" or "stage".
+        bits_per_byte: over all items, with a 95% bootstrap interval.
+        accuracy: per skill; empty where nothing was generated.
+    """
+
+    name: str
+    role: str
+    bits_per_byte: float
+    bits_per_byte_interval: tuple[float, float]
+    accuracy: dict[str, Accuracy] = field(default_factory=dict)
+
+    @property
+    def overall(self) -> Accuracy | None:
+        """All skills together."""
+        if not self.accuracy:
+            return None
+        skills = self.accuracy.values()
+        return Accuracy(sum(skill.right for skill in skills), sum(skill.total for skill in skills))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For results.json."""
+        overall = self.overall
+        scores = {**self.accuracy, **({"all": overall} if overall else {})}
+        return {
+            "name": self.name,
+            "role": self.role,
+            "bits_per_byte": self.bits_per_byte,
+            "bits_per_byte_interval": list(self.bits_per_byte_interval),
+            "accuracy": {
+                skill: {"right": a.right, "total": a.total, "share": a.share, "interval": list(a.interval)}
+                for skill, a in scores.items()
+            },
+        }
+
+
+def read_items(benchmark: Benchmark) -> list[Sample]:
+    """The held-out items, in the file's order.
+
+    Raises:
+        DataError: they cannot be read, or one is malformed.
+    """
+    samples, _ = read_samples(Data(path=benchmark.path, limit=benchmark.limit))
+    return samples
+
+
+def evaluate(model: Teacher, role: str, items: Sequence[Sample], benchmark: Benchmark) -> Evaluation:
+    """Evaluate one model on all items.
+
+    Args:
+        model: what to load; scoring needs what a teacher needs.
+        role: "teacher", "pivot" or "stage".
+        items: the held-out items.
+        benchmark: how to generate and score.
+    """
+    backend = TransformersTeacher(model, k=2)
+    signals = [s for i in range(0, len(items), 64) for s in backend.score(items[i : i + 64])]
+    bits = np.array([-float(s.token_logps.sum(dtype=np.float64)) / math.log(2) for s in signals])
+    size = np.array([len(item.response.encode()) for item in items], dtype=np.float64)
+    accuracy: dict[str, Accuracy] = {}
+    if benchmark.generate:
+        score = SCORES[benchmark.score]
+        answers = generate(backend, items, benchmark)
+        right = [score(answer, item.response) for answer, item in zip(answers, items, strict=True)]
+        for skill in sorted({item.skill for item in items}):
+            of_skill = [ok for ok, item in zip(right, items, strict=True) if item.skill == skill]
+            accuracy[skill or "all items"] = Accuracy(sum(of_skill), len(of_skill))
+    return Evaluation(model.name, role, float(bits.sum() / size.sum()), _bootstrap(bits, size), accuracy)
+
+
+@torch.inference_mode()
+def generate(backend: TransformersTeacher, items: Sequence[Sample], benchmark: Benchmark) -> list[str]:
+    """Greedy answers to the items' prompts, in order."""
+    renderer, model = backend.renderer, backend.model
+    context = context_length(model.config)
+    room = None if context is None else max(2, context - benchmark.max_new_tokens)
+    prompts = [renderer.render(item, None).prompt_ids[-(room or 0) :] for item in items]
+    order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(items)
+    for start in range(0, len(order), benchmark.batch_size):
+        batch = order[start : start + benchmark.batch_size]
+        T = max(len(prompts[i]) for i in batch)
+        input_ids_BT = torch.zeros(len(batch), T, dtype=torch.long)
+        mask_BT = torch.zeros(len(batch), T, dtype=torch.long)
+        for b, i in enumerate(batch):
+            input_ids_BT[b, T - len(prompts[i]) :] = torch.from_numpy(prompts[i])
+            mask_BT[b, T - len(prompts[i]) :] = 1
+        out = model.generate(
+            input_ids=input_ids_BT.to(backend.device),
+            attention_mask=mask_BT.to(backend.device),
+            max_new_tokens=benchmark.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=renderer.end_of_turn,
+            pad_token_id=renderer.end_of_turn,
+        )
+        for b, i in enumerate(batch):
+            answer = out[b, T:].tolist()
+            if renderer.end_of_turn in answer:
+                answer = answer[: answer.index(renderer.end_of_turn)]
+            answers[i] = renderer.tokenizer.decode(answer, skip_special_tokens=True)
+    return answers
+
+
+def _bootstrap(bits: np.ndarray, size: np.ndarray, draws: int = 1000) -> tuple[float, float]:
+    """95% interval of sum(bits) / sum(size) over resampled items."""
+    chooser = np.random.default_rng(random.Random("rayfuse").getrandbits(32))
+    picks = chooser.integers(0, len(bits), (draws, len(bits)))
+    low, high = np.quantile(bits[picks].sum(1) / size[picks].sum(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+@ray.remote
+def evaluate_model(model: Teacher, role: str, items: list[Sample], benchmark: Benchmark) -> dict[str, Any]:
+    """`evaluate` as a Ray task."""
+    return evaluate(model, role, items, benchmark).as_dict()

@@ -1,0 +1,248 @@
+"""A run from end to end: data -> units -> each stage in turn -> evaluation -> model, card and report.
+
+OUTPUT/config.json            the resolved configuration, written before anything starts
+OUTPUT/metrics.jsonl          one record per optimiser step
+OUTPUT/signals/               the teachers' answers (unless signals.store says otherwise)
+OUTPUT/stages/01-sft/         checkpoints and the stage's model
+OUTPUT/model/                 the fused model, complete, in Hugging Face format
+OUTPUT/results.json           data counts, evaluation and times
+OUTPUT/report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from rayfuse import resources
+from rayfuse.card import write_card
+from rayfuse.config import Config, Model, Teacher, config_json
+from rayfuse.data import DataCounts, Sample, make_units, read_samples
+from rayfuse.errors import CheckpointError, DataError
+from rayfuse.evaluate import evaluate_model, read_items
+from rayfuse.metrics import LiveLine
+from rayfuse.models import fingerprint, load_tokenizer
+from rayfuse.prepare import PrepareSpec
+from rayfuse.render import Renderer
+from rayfuse.report import write_report
+from rayfuse.stages import METHODS, ranks
+from rayfuse.student.group import train_group
+from rayfuse.student.worker import BLOCK, StageJob
+from rayfuse.teachers import deployment
+
+LENGTH_CHUNK = 2000
+"""Samples measured by one task."""
+
+
+def fuse(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Run all stages and return the folder of the fused model.
+
+    Args:
+        config: the run.
+        resume: go on with what `output` already holds; without it, `output` must be new.
+        console: where progress goes.
+
+    Raises:
+        RayfuseError: anything that cannot go on; whatever was done stays, and `resume` goes on from there.
+    """
+    console = console or Console()
+    times: dict[str, float] = {}
+    _open_run_folder(config, resume)
+    with _timed(times, "start Ray"):
+        resources.connect(config)
+    with _timed(times, "read data"):
+        samples, units, counts = load_units(config)
+        console.print(
+            f"{counts.rows:,} rows, {counts.samples:,} samples in {len(units):,} units"
+            + (f"; {counts.bad_rows} malformed rows skipped" if counts.bad_rows else "")
+            + (f"; {counts.too_long} too long, dropped" if counts.too_long else "")
+            + (f"; {counts.cut} prompts cut" if counts.cut else "")
+        )
+    with _timed(times, "identify teachers"):
+        fingerprints = _fingerprints(config)
+
+    blocks = [
+        ray.put([[samples[i] for i in unit] for unit in units[b : b + BLOCK]]) for b in range(0, len(units), BLOCK)
+    ]
+    for index in range(len(config.stages)):
+        name = config.stage_folder(index).name
+        if (config.stage_folder(index) / "model").exists():
+            console.print(f"{name} is done already")
+            continue
+        with _timed(times, name):
+            job = _stage_job(config, index, fingerprints, blocks, units, samples)
+            if job.spec.teachers:
+                deployment.deploy(job.spec.teachers, config.signals.k)
+            with LiveLine(Path(config.output) / "metrics.jsonl", console):
+                train_group(job)
+    results: dict[str, Any] = {"data": asdict(counts), "models": [], "times": times}
+    if config.evaluate is not None:
+        with _timed(times, "evaluate"):
+            results["models"] = evaluate_all(config)
+    return _finish(config, results, len(fingerprints))
+
+
+def _open_run_folder(config: Config, resume: bool) -> None:
+    """Create the run folder with config.json, or make sure that the one there is of this configuration.
+
+    Raises:
+        CheckpointError: there is a run and `resume` was not asked for, or it is another run's.
+    """
+    folder = Path(config.output)
+    there = folder / "config.json"
+    text = config_json(config)
+    if there.exists():
+        if not resume:
+            raise CheckpointError(f"{folder} already holds a run: go on with --resume, or use another `output`")
+        before, now = json.loads(there.read_text(encoding="utf-8")), json.loads(text)
+        changed = sorted(key for key in now if before.get(key) != now[key] and key not in ("evaluate", "cluster"))
+        if changed:
+            raise CheckpointError(
+                f"{folder} holds a run with another configuration ({', '.join(changed)} changed): use another `output`"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    there.write_text(text, encoding="utf-8")
+
+
+def load_units(config: Config) -> tuple[list[Sample], list[list[int]], DataCounts]:
+    """Read the data, measure every sample with the student's tokenizer (in parallel tasks), and form the units.
+
+    Raises:
+        DataError: the data cannot be read, or nothing is left.
+    """
+    samples, counts = read_samples(config.data)
+    chunks = [samples[i : i + LENGTH_CHUNK] for i in range(0, len(samples), LENGTH_CHUNK)]
+    if len(chunks) == 1:
+        measured = [measure(config.student, chunks[0], config.data.max_length)]
+    else:
+        task = ray.remote(measure).options(**resources.prepare_task())
+        measured = ray.get([task.remote(config.student, chunk, config.data.max_length) for chunk in chunks])
+    lengths = [length for chunk in measured for length in chunk]
+    limit = config.data.max_length
+    fits = [length[1] < limit and (length[0] <= limit or config.data.too_long == "cut") for length in lengths]
+    kept = [sample for sample, fit in zip(samples, fits, strict=True) if fit]
+    sizes = [min(length[0], limit) for length, fit in zip(lengths, fits, strict=True) if fit]
+    if not kept:
+        raise DataError(
+            f"all {len(samples)} samples of {config.data.path} are longer than data.max_length {limit}; raise it, or "
+            "set data.too_long: cut"
+        )
+    cut = sum(length[0] > limit for length, fit in zip(lengths, fits, strict=True) if fit)
+    counts = replace(counts, samples=len(kept), too_long=len(samples) - len(kept), cut=cut)
+    return kept, make_units(kept, sizes, config.data.unit_size), counts
+
+
+def measure(student: Model, samples: Sequence[Sample], max_length: int) -> list[tuple[int, int]]:
+    """(all tokens, tokens of the response with end-of-turn) of each sample under the student's tokenizer."""
+    renderer = Renderer(load_tokenizer(student))
+    rendered = [renderer.render(sample) for sample in samples]
+    return [(item.length, len(item.response_ids)) for item in rendered]
+
+
+def _fingerprints(config: Config) -> dict[str, str]:
+    used = any(METHODS[stage.method].uses_teachers for stage in config.stages)
+    if not used:
+        return {}
+    with ThreadPoolExecutor(4) as pool:
+        prints = pool.map(lambda teacher: fingerprint(teacher, config.signals.k), config.teachers)
+        return {teacher.name: print_ for teacher, print_ in zip(config.teachers, prints, strict=True)}
+
+
+def _stage_job(
+    config: Config,
+    index: int,
+    fingerprints: dict[str, str],
+    blocks: Sequence[Any],
+    units: Sequence[Sequence[int]],
+    samples: Sequence[Sample],
+) -> StageJob:
+    stage = config.stages[index]
+    teachers = config.teachers if METHODS[stage.method].uses_teachers else ()
+    previous = index > 0 and stage.start_from == "previous"
+    spec = PrepareSpec(
+        student=config.student,
+        teachers=tuple((teacher, fingerprints[teacher.name]) for teacher in teachers),
+        store=config.store_url,
+        k=ranks(config, stage),
+        alignment=getattr(stage, "alignment", "bytes"),
+        max_length=config.data.max_length,
+    )
+    content = hashlib.sha256()
+    for unit in units:
+        content.update(json.dumps([samples[i].key for i in unit]).encode())
+    identity = {
+        "stage": stage.model_dump(mode="json", exclude={"save_every", "keep"}),
+        "student": config.student.model_dump(mode="json", exclude={"prefetch", "max_failures", "cpus"}),
+        "teachers": [(fp, teacher.weight) for teacher, fp in spec.teachers],
+        "data": content.hexdigest(),
+        "k": spec.k,
+        "seed": config.seed,
+        "index": index,
+    }
+    return StageJob(
+        config=config,
+        index=index,
+        start=str((config.stage_folder(index - 1) / "model").resolve()) if previous else config.student.model,
+        identity=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        spec=spec,
+        blocks=blocks,
+        units=len(units),
+    )
+
+
+def evaluate_all(config: Config) -> list[dict[str, Any]]:
+    """Evaluate teachers, pivot and every stage's model on the same items, in parallel tasks.
+
+    What was evaluated before with the same settings is kept in `evaluations.json` and not done again.
+    """
+    benchmark = config.evaluate
+    assert benchmark is not None
+    items = read_items(benchmark)
+    plain = {"cpus": 1.0, "gpus": config.student.gpus, "batch_tokens": 16384}
+    base = {key: getattr(config.student, key) for key in Model.model_fields}
+    models = [(teacher, "teacher") for teacher in config.teachers if benchmark.teachers]
+    models.append((Teacher(**base, **plain, name="pivot"), "pivot"))
+    for index, stage in enumerate(config.stages):
+        path = str((config.stage_folder(index) / "model").resolve())
+        names = [other.method for other in config.stages]
+        name = stage.method if names.count(stage.method) == 1 else config.stage_folder(index).name
+        models.append((Teacher(model=path, dtype=config.student.dtype, **plain, name=name), "stage"))
+    shared = ray.put(items)
+    tasks = [
+        evaluate_model.options(**resources.evaluate_task(model.gpus)).remote(model, role, shared, benchmark)
+        for model, role in models
+    ]
+    done: list[dict[str, Any]] = ray.get(tasks)
+    return done
+
+
+def _finish(config: Config, results: dict[str, Any], teachers: int) -> Path:
+    """The fused model's folder with its card, results.json and the report."""
+    output = Path(config.output)
+    half = output / ".model.half"
+    shutil.rmtree(half, ignore_errors=True)
+    shutil.copytree(config.stage_folder(len(config.stages) - 1) / "model", half)
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_card(half / "README.md", config, results)
+    shutil.rmtree(output / "model", ignore_errors=True)
+    half.rename(output / "model")
+    write_report(output)
+    return output / "model"
+
+
+@contextmanager
+def _timed(times: dict[str, float], name: str) -> Iterator[None]:
+    begun = time.monotonic()
+    yield
+    times[name] = round(time.monotonic() - begun, 2)

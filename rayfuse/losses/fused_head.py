@@ -1,0 +1,210 @@
+"""Cross-entropy and the top-K logits of a student from its hidden states, without ever holding [N, V] logits.
+
+Shapes: N positions, H hidden size, V vocabulary, k kept logits; C positions of one chunk.
+
+Cross-entropy's gradient to hidden states and weight is taken inside each chunk, while its logits are there (as Liger's
+fused linear cross-entropy, arXiv 2410.10989). The gradient of the k kept logits is a product with k gathered rows of
+the weight, taken in backward. So a loss on the top-K costs N k H on top of the N V H that fine-tuning costs anyway.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rayfuse.errors import LossError
+from rayfuse.losses.topk import (
+    CHUNK_BYTES,
+    Head,
+    block_topk,
+    check_inputs,
+    chunk_logits,
+    chunks,
+    exp_in_place,
+    label_logits,
+    valid_rows,
+)
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """The student's answer at N positions; `loss_ce` and `topk` are differentiable, the rest is detached."""
+
+    loss_ce: torch.Tensor  # scalar float32, mean over the labels that are not ignored; 0 where all are
+    topk: torch.Tensor  # [N, k] float32 logits, sorted descending
+    ids: torch.Tensor  # [N, k] int64, the tokens of topk
+    lse: torch.Tensor  # [N] float32 log-sum-exp of the position's logits
+    label_logps: torch.Tensor  # [N] float32 log-probability of the label, 0 where it is ignored
+    count: int  # labels that are not ignored
+
+
+def fused_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    k: int,
+    *,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    valid_vocab: int | None = None,
+    ignore_index: int = -100,
+    chunk: int | None = None,
+) -> HeadOutput:
+    """Mean cross-entropy and top-K logits of hidden [N, H] under the head weight [V, H] (bias [V]).
+
+    labels: [N], the token that follows each position, `ignore_index` where there is none to learn; the top-K is given
+    for those positions too. `scale`, `softcap` and `valid_vocab` describe the head, see topk.Head. The gradient of a
+    loss on `topk` holds the kept ids fixed, as that of torch.topk does. A weight shared with the embedding works like
+    any other use of a parameter.
+
+    Time: 6 N V H multiply-adds for values and gradients (2 N V H where no gradient is asked for), k/V of that more
+    for the top-K. Memory beyond inputs and outputs: `chunk * V * 4` bytes of logits (times 2 with softcap, plus
+    `chunk * V * 2` below float32), `V * H * 4` for the weight's gradient and `N * H * 4` for the hidden states'
+    (below float32, `V * H * 2` more while a chunk's weight gradient is added), and 64 MiB for gathered rows. `chunk`
+    defaults to as many positions as make 64 MiB of logits. Gradients are summed in float32 (float64 for float64
+    input) and cast once. On a CPU the same input gives the same bits; on CUDA the scattered sum of the top-K's weight
+    gradient is ordered only under torch.use_deterministic_algorithms.
+
+    Backward may run once: it works in the buffers that forward filled. Raises LossError when it runs again, and on
+    shapes or dtypes that do not fit, labels outside the vocabulary, k < 1 or k > V.
+    """
+    head = Head(scale, softcap, valid_vocab)
+    check_inputs(hidden, weight, labels, k, bias, head, ignore_index)
+    count = int((labels != ignore_index).sum())
+    gradients = torch.is_grad_enabled()
+    with torch.autocast(hidden.device.type, enabled=False):
+        loss_ce, topk, ids, lse, label_logps = _FusedHead.apply(
+            hidden, weight, bias, labels, k, head, ignore_index, chunk, count, gradients
+        )
+    return HeadOutput(loss_ce, topk, ids, lse, label_logps, count)
+
+
+class _FusedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        k: int,
+        head: Head,
+        ignore_index: int,
+        chunk: int | None,
+        count: int,
+        gradients: bool,
+    ) -> tuple[torch.Tensor, ...]:
+        N = len(hidden)
+        weight_VH, bias_V = valid_rows(weight, bias, head)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        topk = hidden.new_empty((N, k), dtype=wide)
+        ids = labels.new_empty((N, k), dtype=torch.int64)
+        lse = hidden.new_empty(N, dtype=wide)
+        label_logps = hidden.new_empty(N, dtype=wide)
+        wants = [gradients and need for need in ctx.needs_input_grad[:3]]
+        grads = [
+            torch.zeros_like(x, dtype=wide) if want and x is not None else None
+            for x, want in zip((hidden, weight, bias), wants, strict=True)
+        ]
+
+        for rows in chunks(N, len(weight_VH), chunk):
+            logits_CV = chunk_logits(hidden[rows], weight_VH, bias_V, head)
+            topk[rows], ids[rows] = block_topk(logits_CV, k)
+            label_C, ignored_C = label_logits(logits_CV, labels[rows], ignore_index)
+            slope_CV = logits_CV.square() if any(wants) and head.softcap is not None else None
+            lse[rows], sums_C1 = exp_in_place(logits_CV, topk[rows, :1])
+            label_logps[rows] = (label_C - lse[rows]).masked_fill(ignored_C, 0.0)
+            if any(wants):
+                logits_CV *= sums_C1.reciprocal().masked_fill(ignored_C[:, None], 0.0)
+                target_C1 = labels[rows].masked_fill(ignored_C, 0)[:, None]
+                logits_CV.scatter_add_(1, target_C1, (~ignored_C).to(wide).neg()[:, None])
+                _to_inner_logits(logits_CV, slope_CV, head)
+                _add_products(grads, rows, logits_CV, hidden[rows], weight_VH)
+            del logits_CV, slope_CV
+
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(ids, lse, label_logps)
+        ctx.save_for_backward(hidden, weight, topk, ids)
+        ctx.grads, ctx.head, ctx.count, ctx.dtypes = grads, head, count, (hidden.dtype, weight.dtype)
+        return -label_logps.sum() / max(count, 1), topk, ids, lse, label_logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_loss: torch.Tensor | None, grad_topk: torch.Tensor | None, *_: None
+    ) -> tuple[torch.Tensor | None, ...]:
+        if ctx.grads is None:
+            raise LossError(
+                "backward ran twice through one fused_head call: its gradient buffers serve once; "
+                "add the losses and call backward on the sum, or call fused_head again"
+            )
+        grads, ctx.grads = ctx.grads, None
+        hidden, weight, topk, ids = ctx.saved_tensors
+        for grad in grads:
+            if grad is not None:
+                grad.mul_(0.0 if grad_loss is None else grad_loss / max(ctx.count, 1))
+        if grad_topk is not None:
+            _add_topk_gradient(grads, grad_topk, topk, ids, hidden, weight, ctx.head)
+        cast = [None if grad is None else grad.to(hidden.dtype) for grad in grads]
+        return *cast, *[None] * 7
+
+
+def _to_inner_logits(grad_CV: torch.Tensor, squares_CV: torch.Tensor | None, head: Head) -> None:
+    """Turn a gradient on logits into one on hidden @ weight.T + bias, in place: times scale (1 - (logit / softcap)^2).
+
+    squares_CV holds the squared logits; it is overwritten.
+    """
+    if head.softcap is not None:
+        assert squares_CV is not None
+        grad_CV *= squares_CV.mul_(-(head.softcap**-2)).add_(1.0)
+    if head.scale != 1.0:
+        grad_CV *= head.scale
+
+
+def _add_products(
+    grads: list[torch.Tensor | None],
+    rows: slice,
+    grad_CV: torch.Tensor,
+    hidden_CH: torch.Tensor,
+    weight_VH: torch.Tensor,
+) -> None:
+    """Add one chunk's share to the gradients of hidden (its rows), weight and bias."""
+    grad_hidden, grad_weight, grad_bias = grads
+    if grad_bias is not None:
+        grad_bias[: len(weight_VH)] += grad_CV.sum(dim=0)
+    grad_CV = grad_CV.to(weight_VH.dtype)
+    if grad_hidden is not None:
+        grad_hidden[rows] = grad_CV @ weight_VH
+    if grad_weight is not None:
+        grad_valid_VH = grad_weight[: len(weight_VH)]
+        if grad_valid_VH.dtype == grad_CV.dtype:
+            grad_valid_VH.addmm_(grad_CV.T, hidden_CH)
+        else:
+            grad_valid_VH += grad_CV.T @ hidden_CH
+
+
+def _add_topk_gradient(
+    grads: list[torch.Tensor | None],
+    grad_topk: torch.Tensor,
+    topk: torch.Tensor,
+    ids: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    head: Head,
+) -> None:
+    """Add the gradient that arrives on the kept logits: N k H work, at most 64 MiB of gathered rows at a time."""
+    grad_hidden, grad_weight, grad_bias = grads
+    N, k = ids.shape
+    inner_Nk = grad_topk.clone()
+    _to_inner_logits(inner_Nk, topk.square(), head)
+    if grad_bias is not None:
+        grad_bias.index_add_(0, ids.flatten(), inner_Nk.flatten())
+    rows_at_once = max(1, CHUNK_BYTES // (4 * k * hidden.shape[1]))
+    for rows in chunks(N, 1, rows_at_once):
+        inner_Ck = inner_Nk[rows]
+        if grad_hidden is not None:
+            grad_hidden[rows] += torch.bmm(inner_Ck[:, None], weight[ids[rows]].to(inner_Ck.dtype))[:, 0]
+        if grad_weight is not None:
+            shares_CkH = inner_Ck[..., None] * hidden[rows, None].to(inner_Ck.dtype)
+            grad_weight.index_add_(0, ids[rows].flatten(), shares_CkH.flatten(0, 1))

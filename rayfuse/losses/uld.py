@@ -1,0 +1,69 @@
+"""Universal logit distillation: compare two distributions rank by rank, whatever their vocabularies are.
+
+Shapes: N aligned positions, K values per position (the Top-K of each model, or its whole vocabulary).
+"""
+
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from rayfuse.errors import LossError
+from rayfuse.losses.standardize import standardize
+
+
+def uld_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    standardized: bool = True,
+    space: Literal["logits", "probs"] = "logits",
+) -> torch.Tensor:
+    """Mean over positions of the L1 distance between rank i of the student and rank i of the teacher.
+
+    student, teacher: [N, K] logits (teacher log-probabilities serve as well: neither form depends on a constant added
+    to a row). Each side is sorted descending here, and the teacher is detached. `space="probs"` compares softmax over
+    the K values instead of the values; `standardized` z-scores what is compared. Returns a float32 scalar; no positions
+    give a zero that still has a graph. O(N K log K).
+
+    With `space="probs"` and `standardized=False` the two sides may differ in width: the narrower is filled with zeros
+    after sorting. On whole vocabularies that is the original ULD loss (Boizard et al. 2024, arXiv 2402.12030, eq. 2).
+
+    Raises LossError on shapes that do not match, on an unknown space, on values that are not finite, and, when
+    standardising, on K < 2.
+
+    Paper: InfiFusion (arXiv 2501.02795), Top-K selection, logit standardisation and ULD, for one teacher.
+    """
+    _check(student, teacher, standardized, space)
+    teacher = teacher.detach()
+    ranks = []
+    for values in (student, teacher):
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))
+        wide = wide.softmax(dim=-1) if space == "probs" else wide
+        wide = wide.sort(dim=-1, descending=True).values
+        ranks.append(standardize(wide) if standardized else wide)
+    student_NK, teacher_NK = ranks
+    missing = teacher_NK.shape[1] - student_NK.shape[1]
+    if missing:
+        student_NK = F.pad(student_NK, (0, max(missing, 0)))
+        teacher_NK = F.pad(teacher_NK, (0, max(-missing, 0)))
+    return (student_NK - teacher_NK).abs().sum() / max(len(student_NK), 1)
+
+
+def _check(student: torch.Tensor, teacher: torch.Tensor, standardized: bool, space: str) -> None:
+    if space not in ("logits", "probs"):
+        raise LossError(f"uld_loss: space is {space!r}, it must be 'logits' or 'probs'")
+    if student.ndim != 2 or teacher.ndim != 2 or len(student) != len(teacher):
+        raise LossError(
+            f"uld_loss compares [N, K] with [N, K], got student {tuple(student.shape)} and teacher "
+            f"{tuple(teacher.shape)}: pass the rows that rayfuse.alignment.align pairs"
+        )
+    if student.shape[1] != teacher.shape[1] and (standardized or space == "logits"):
+        raise LossError(
+            f"uld_loss: the student has {student.shape[1]} values per position and the teacher {teacher.shape[1]}; "
+            "keep the same k on both sides (only space='probs' with standardized=False fills up with zeros)"
+        )
+    for name, values in (("student", student), ("teacher", teacher)):
+        if not torch.isfinite(values).all():
+            rows = (~torch.isfinite(values)).any(dim=-1).nonzero()[:, 0].tolist()
+            raise LossError(f"uld_loss: the {name}'s values are not finite in rows {rows[:8]} of {len(values)}")

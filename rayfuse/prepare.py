@@ -1,0 +1,186 @@
+"""Prepare: one unit of samples -> one packed FusionBatch, ready for a student's micro-step.
+
+    samples -> signal store (hit) ---------------------+-> aligned to the student's rows -> FusionBatch
+            -> teacher (miss: the whole unit) -> store -+
+
+`Preparer` is the plain class; `prepare_unit` is the Ray task around it. The task is idempotent: whatever is lost is
+done again and gives the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+
+from rayfuse.alignment import align, align_by_position
+from rayfuse.batch import FusionBatch, TeacherTarget
+from rayfuse.config import Model, Teacher
+from rayfuse.data import Sample
+from rayfuse.errors import MissingSignalsError, RayfuseError
+from rayfuse.models import load_tokenizer
+from rayfuse.render import Rendered, Renderer
+from rayfuse.signals import TopKSignals
+from rayfuse.store import SignalStore
+
+
+class Scorer(Protocol):
+    """What a teacher looks like from here: send a unit, then wait for its signals."""
+
+    def score(self, samples: Sequence[Sample]) -> Callable[[], list[TopKSignals]]:
+        """Send; the returned function waits."""
+
+
+@dataclass(frozen=True)
+class PrepareSpec:
+    """What a stage asks of its prepare tasks; small, hashable, the same for all units.
+
+    Attributes:
+        student: whose tokenizer and template the batch is in.
+        teachers: (teacher, fingerprint) of those whose signals the stage uses; empty for SFT.
+        store: URL of the signal store.
+        k: ranks that the batch carries per teacher position.
+        alignment: "bytes" or "position".
+        max_length: student tokens; longer prompts are cut from the left.
+    """
+
+    student: Model
+    teachers: tuple[tuple[Teacher, str], ...]
+    store: str
+    k: int
+    alignment: str
+    max_length: int
+
+
+class Preparer:
+    """Makes FusionBatches. Holds tokenizers, the store and the teachers' clients between units."""
+
+    def __init__(self, spec: PrepareSpec, ask: Callable[[Teacher, str], Scorer]) -> None:
+        """Args: the spec, and how to reach a (teacher, fingerprint)."""
+        self.spec = spec
+        self.renderer = Renderer(load_tokenizer(spec.student))
+        self.store = SignalStore(spec.store)
+        self.scorers = [ask(teacher, fingerprint) for teacher, fingerprint in spec.teachers]
+
+    def __call__(self, samples: Sequence[Sample]) -> FusionBatch:
+        """The batch of one unit.
+
+        Raises:
+            RayfuseError: a sample cannot be rendered or aligned, or a teacher cannot answer; the sample is named.
+        """
+        begun = time.perf_counter()
+        stats: dict[str, float] = {}
+        signals = self._signals(samples, stats)
+        rendered = [self._render(sample) for sample in samples]
+        targets = tuple(
+            self._target(teacher, rendered, of_teacher, samples)
+            for of_teacher, (teacher, _) in zip(signals, self.spec.teachers, strict=True)
+        )
+        stats["cut"] = sum(item.cut > 0 for item in rendered)
+        stats["seconds"] = time.perf_counter() - begun
+        return FusionBatch(*_pack_rows(rendered), targets=targets, stats=stats)
+
+    def _render(self, sample: Sample) -> Rendered:
+        try:
+            return self.renderer.render(sample, self.spec.max_length)
+        except RayfuseError as error:
+            raise type(error)(f"sample {sample.key[:12]} ({sample.response!r:.60}): {error}") from error
+
+    def _signals(self, samples: Sequence[Sample], stats: dict[str, float]) -> list[list[TopKSignals]]:
+        """Per teacher the signals of each sample: from the store, and from the teacher where one is missing there.
+
+        A teacher always scores the whole unit, so that an answer computed again has the same bits; what the store
+        already holds is used as it is. All teachers are asked before the first is waited for.
+        """
+        found = [[self.store.get(fp, sample.key) for sample in samples] for _, fp in self.spec.teachers]
+        waits = [
+            scorer.score(samples) if any(item is None for item in of_teacher) else None
+            for scorer, of_teacher in zip(self.scorers, found, strict=True)
+        ]
+        signals = []
+        for (teacher, fp), of_teacher, wait in zip(self.spec.teachers, found, waits, strict=True):
+            missing = [index for index, item in enumerate(of_teacher) if item is None]
+            stats[f"stored/{teacher.name}"] = len(samples) - len(missing)
+            stats[f"forwarded/{teacher.name}"] = len(samples) if wait else 0
+            if wait is None:
+                signals.append([item for item in of_teacher if item is not None])
+                continue
+            answers = wait()
+            if len(answers) != len(samples):
+                raise MissingSignalsError(
+                    f"teacher {teacher.name} answered {len(answers)} of {len(samples)} samples of a unit"
+                )
+            for index in missing:
+                self.store.put(fp, samples[index].key, answers[index])
+            signals.append([item or answers[index] for index, item in enumerate(of_teacher)])
+        stats["damaged"] = self.store.damaged
+        self.store.damaged = 0
+        return signals
+
+    def _target(
+        self,
+        teacher: Teacher,
+        rendered: Sequence[Rendered],
+        signals: Sequence[TopKSignals],
+        samples: Sequence[Sample],
+    ) -> TeacherTarget:
+        rows, logps = [], []
+        first_row = 0
+        for item, answer, sample in zip(rendered, signals, samples, strict=True):
+            try:
+                if self.spec.alignment == "bytes":
+                    pairs = align(item.ends, answer.byte_ends)
+                else:
+                    pairs = align_by_position(len(item.ends), len(answer.byte_ends))
+            except RayfuseError as error:
+                raise type(error)(f"teacher {teacher.name}, sample {sample.key[:12]}: {error}") from error
+            rows.append(first_row + pairs.student)
+            logps.append(answer.logps[pairs.teacher, : self.spec.k])
+            first_row += len(item.response_ids)
+        return TeacherTarget(teacher.name, teacher.weight, np.concatenate(rows), np.concatenate(logps))
+
+
+def _pack_rows(rendered: Sequence[Rendered]) -> tuple[np.ndarray, ...]:
+    """input_ids, attention_mask, positions, labels and sample of a FusionBatch."""
+    B = len(rendered)
+    T = max(item.length for item in rendered) - 1  # the end-of-turn token itself is predicted, never read
+    input_ids_BT = np.zeros((B, T), dtype=np.int64)
+    mask_BT = np.zeros((B, T), dtype=np.int64)
+    positions, labels, sample = [], [], []
+    for b, item in enumerate(rendered):
+        p, n = len(item.prompt_ids), len(item.response_ids)
+        input_ids_BT[b, :p] = item.prompt_ids
+        input_ids_BT[b, p : p + n - 1] = item.response_ids[:-1]
+        mask_BT[b, : p + n - 1] = 1
+        positions.append(b * T + p - 1 + np.arange(n))
+        labels.append(item.response_ids)
+        sample.append(np.full(n, b))
+    return input_ids_BT, mask_BT, np.concatenate(positions), np.concatenate(labels), np.concatenate(sample)
+
+
+# --- the Ray task ------------------------------
+
+
+@lru_cache(maxsize=8)
+def _preparer(spec: PrepareSpec) -> Preparer:
+    """One preparer per process and stage: Ray reuses the processes of tasks, so tokenizers load once."""
+    if not spec.teachers:
+        return Preparer(spec, _no_teacher)
+    from rayfuse.teachers.deployment import TeacherClient
+
+    return Preparer(spec, TeacherClient)
+
+
+def _no_teacher(teacher: Teacher, fingerprint: str) -> Scorer:
+    raise AssertionError(f"a stage without teachers asked {teacher.name} ({fingerprint})")
+
+
+@ray.remote
+def prepare_unit(spec: PrepareSpec, units: list[list[Sample]], index: int) -> Any:
+    """The FusionBatch of unit `index` of a block of units."""
+    return _preparer(spec)(units[index])

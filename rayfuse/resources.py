@@ -1,0 +1,114 @@
+"""All Ray options in one place: who gets which CPUs, GPUs, restarts and environment variables."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+import ray
+
+from rayfuse.config import Config, Student, Teacher
+from rayfuse.errors import RayfuseError
+
+# Set before ray reads them: fewer surprises on a laptop and after a lost node.
+ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    # After a node loss the old reservation never comes back: do not wait a minute for it.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+PREPARE_CPUS = 0.5
+"""A prepare task mostly waits for teachers and disks."""
+EVALUATE_CPUS = 1.0
+SERVE_OVERHEAD_CPUS = 1.0
+"""Serve's controller and Ray Train's controller."""
+
+
+def connect(config: Config) -> bool:
+    """Connect to the cluster that the configuration or RAY_ADDRESS names, or start an embedded one.
+
+    An embedded cluster offers as many logical CPUs as the run's actors ask for, so that a laptop runs what a cluster
+    runs, only slower.
+
+    Returns:
+        True where this call started an embedded cluster, which ends with this process.
+    """
+    if ray.is_initialized():
+        return False
+    os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
+    runtime_env = {"env_vars": {key: os.environ[key] for key in ENVIRONMENT}}
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address and address != "local":
+        try:
+            ray.init(address, runtime_env=runtime_env, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise RayfuseError(
+                f"cannot connect to the Ray cluster {address}: {error}. Start one, or unset RAY_ADDRESS and "
+                "cluster.address to run on an embedded one"
+            ) from error
+        return False
+    ray.init("local", num_cpus=_local_cpus(config), include_dashboard=False, runtime_env=runtime_env, **quiet)
+    return True
+
+
+def _local_cpus(config: Config) -> int:
+    teachers = sum(teacher.cpus * teacher.replicas.max for teacher in config.teachers)
+    student = config.student.workers * (config.student.cpus + 2 * PREPARE_CPUS)
+    return max(os.cpu_count() or 1, round(teachers + student + SERVE_OVERHEAD_CPUS + 0.5))
+
+
+def prepare_task() -> dict[str, Any]:
+    """Options of a prepare task: idempotent, so a lost worker or node only means doing it again."""
+    return {"num_cpus": PREPARE_CPUS, "max_retries": 10}
+
+
+def evaluate_task(gpus: float) -> dict[str, Any]:
+    """Options of the evaluation of one model."""
+    return {"num_cpus": EVALUATE_CPUS, "num_gpus": gpus, "max_retries": 2}
+
+
+def export_task() -> dict[str, Any]:
+    """Options of small tasks on the files of a run."""
+    return {"num_cpus": 0.1, "max_retries": 2}
+
+
+def teacher_deployment(teacher: Teacher) -> dict[str, Any]:
+    """Options of a teacher's Serve deployment.
+
+    A replica computes one unit at a time and holds the next, so that it never waits for work; autoscaling follows the
+    units in flight, from zero and back.
+    """
+    return {
+        "ray_actor_options": {"num_cpus": teacher.cpus, "num_gpus": teacher.gpus},
+        "max_ongoing_requests": 4,
+        "max_queued_requests": 1024,
+        "max_constructor_retry_count": 2,
+        "health_check_period_s": 10,
+        "health_check_timeout_s": 60,
+        "graceful_shutdown_timeout_s": 30,
+        "autoscaling_config": {
+            "min_replicas": teacher.replicas.min,
+            "initial_replicas": teacher.replicas.min,
+            "max_replicas": teacher.replicas.max,
+            "target_ongoing_requests": 2,
+            "upscale_delay_s": 5,
+            "downscale_delay_s": teacher.replicas.idle_s,
+            "downscale_to_zero_delay_s": teacher.replicas.idle_s,
+            "metrics_interval_s": 2,
+            "look_back_period_s": 5,
+        },
+    }
+
+
+def student_group(student: Student) -> dict[str, Any]:
+    """Arguments of the student group's ScalingConfig."""
+    resources: dict[str, float] = {"CPU": student.cpus}
+    if student.gpus:
+        resources["GPU"] = student.gpus
+    return {"num_workers": student.workers, "use_gpu": student.gpus > 0, "resources_per_worker": resources}

@@ -1,0 +1,111 @@
+"""The signal store: teachers' answers on any fsspec file system, each computed once.
+
+One small safetensors object per (fingerprint of the teacher, key of the sample). First writer wins: a second writer's
+object has the same content, so it is simply not written. This is what makes epochs, ablations, reruns, duplicates and
+restarts free. An object that cannot be read back is reported, counted and computed again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import uuid
+from pathlib import Path
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from rayfuse.errors import SignalError, StoreError
+from rayfuse.signals import TopKSignals, decode, encode
+
+log = logging.getLogger(__name__)
+
+
+class SignalStore:
+    """Signals by (fingerprint, key) below one folder or URL.
+
+    Attributes:
+        damaged: objects found unreadable or foreign by this process, and removed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.damaged = 0
+        try:
+            self.fs, self.root = url_to_fs(self.url)
+        except (ImportError, ValueError, OSError) as error:
+            raise StoreError(f"the signal store {url} cannot be opened: {error}") from error
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def path(self, fingerprint: str, key: str) -> str:
+        """Where the object of one teacher and sample is."""
+        return f"{self.root}/{fingerprint}/{key[:2]}/{key}.safetensors"
+
+    def get(self, fingerprint: str, key: str) -> TopKSignals | None:
+        """The signals of one sample, or None where there are none (or only a damaged object, which is removed)."""
+        path = self.path(fingerprint, key)
+        try:
+            blob = self.fs.cat_file(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(f"cannot read {path} in the signal store {self.url}: {error}") from error
+        try:
+            return decode(blob, {"fingerprint": fingerprint, "key": key})
+        except SignalError as error:
+            self.damaged += 1
+            log.warning("signal store: %s is unusable and is computed again: %s", path, error)
+            with contextlib.suppress(FileNotFoundError):
+                self.fs.rm_file(path)
+            return None
+
+    def put(self, fingerprint: str, key: str, signals: TopKSignals) -> bool:
+        """Write the signals of one sample, unless they are there; True where this call wrote them."""
+        path = self.path(fingerprint, key)
+        blob = encode(signals, {"fingerprint": fingerprint, "key": key})
+        try:
+            return self._create_local(path, blob) if self.local else self._create(path, blob)
+        except OSError as error:
+            raise StoreError(f"cannot write {path} in the signal store {self.url}: {error}") from error
+
+    def _create_local(self, path: str, blob: bytes) -> bool:
+        """Write beside, then link: the name appears with its whole content, and only for the first writer."""
+        final = Path(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        beside = final.parent / f".{final.name}.{uuid.uuid4().hex}"
+        try:
+            beside.write_bytes(blob)
+            os.link(beside, final)
+        except FileExistsError:
+            return False
+        finally:
+            beside.unlink(missing_ok=True)
+        return True
+
+    def _create(self, path: str, blob: bytes) -> bool:
+        """On an object store a put is atomic; mode="create" asks it to refuse a name that is taken."""
+        if self.fs.exists(path):
+            return False
+        self.fs.makedirs(self.fs._parent(path), exist_ok=True)
+        try:
+            self.fs.pipe_file(path, blob, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def check(self) -> None:
+        """Write and read back a small object.
+
+        Raises:
+            StoreError: the store is not writable.
+        """
+        path = f"{self.root}/.check-{uuid.uuid4().hex}"
+        try:
+            self.fs.makedirs(self.root, exist_ok=True)
+            self.fs.pipe_file(path, b"rayfuse")
+            if self.fs.cat_file(path) != b"rayfuse":
+                raise OSError("what was written does not read back")
+            self.fs.rm_file(path)
+        except OSError as error:
+            raise StoreError(f"the signal store {self.url} is not writable: {error}") from error

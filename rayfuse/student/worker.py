@@ -1,0 +1,214 @@
+"""The training loop of one student worker: units in, optimiser steps out.
+
+It always begins at the newest checkpoint of its stage, so a restarted worker group, a resumed run and a first start are
+the same thing.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from rayfuse import resources
+from rayfuse.batch import FusionBatch
+from rayfuse.config import Config, Stage
+from rayfuse.data import unit_order
+from rayfuse.metrics import MetricsWriter
+from rayfuse.prepare import PrepareSpec, prepare_unit
+from rayfuse.stages import METHODS, ranks
+from rayfuse.student.checkpoint import latest_checkpoint, restore_random_state, save_checkpoint
+from rayfuse.student.engine import TorchEngine
+
+BLOCK = 64
+"""Units that travel as one object."""
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """All that a worker needs to train one stage.
+
+    Attributes:
+        config: the run.
+        index: which of `config.stages`.
+        start: folder or id of the model that the stage starts from.
+        identity: hash of everything the result depends on.
+        spec: what the prepare tasks are asked for.
+        blocks: object references, each to a list of at most BLOCK units.
+        units: how many units there are in all.
+    """
+
+    config: Config
+    index: int
+    start: str
+    identity: str
+    spec: PrepareSpec
+    blocks: Sequence[Any]
+    units: int
+
+    @property
+    def stage(self) -> Stage:
+        """The stage's configuration."""
+        return self.config.stages[self.index]
+
+    @property
+    def folder(self) -> Path:
+        """The stage's folder in the run folder."""
+        return self.config.stage_folder(self.index)
+
+    @property
+    def units_per_step(self) -> int:
+        """Micro-steps of one optimiser step, over all workers."""
+        return self.stage.batch_size // self.config.data.unit_size
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the stage."""
+        if self.stage.steps is not None:
+            return self.stage.steps
+        return max(1, math.ceil(self.units * (self.stage.epochs or 1.0) / self.units_per_step))
+
+
+class UnitStream:
+    """The batches of one worker, in order, a bounded number of them in preparation.
+
+    Attributes:
+        waited: seconds spent waiting for a batch, since it was last read.
+    """
+
+    def __init__(self, job: StageJob, units: Sequence[int]) -> None:
+        self.job = job
+        self.todo = iter(units)
+        self.task = prepare_unit.options(**resources.prepare_task())
+        self.pending: deque[Any] = deque()
+        self.waited = 0.0
+        for _ in range(job.config.student.prefetch):
+            self._submit()
+
+    def _submit(self) -> None:
+        unit = next(self.todo, None)
+        if unit is not None:
+            block, index = divmod(unit, BLOCK)
+            self.pending.append(self.task.remote(self.job.spec, self.job.blocks[block], index))
+
+    def take(self, count: int) -> list[FusionBatch]:
+        """The next `count` batches."""
+        batches = []
+        for _ in range(count):
+            begun = time.perf_counter()
+            batches.append(ray.get(self.pending.popleft()))
+            self.waited += time.perf_counter() - begun
+            self._submit()
+        return batches
+
+
+def learning_rate(stage: Stage, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to zero. `step` counts from 0."""
+    warm = math.ceil(stage.warmup * steps)
+    if step < warm:
+        return stage.learning_rate * (step + 1) / warm
+    return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def train_in_group(loop_config: dict[str, StageJob]) -> None:
+    """`train` in a worker of a Ray Train group; `loop_config["job"]` is the job."""
+    import ray.train
+
+    context = ray.train.get_context()
+    train(loop_config["job"], rank=context.get_world_rank(), world=context.get_world_size())
+
+
+def train(job: StageJob, rank: int, world: int) -> None:
+    """Train one stage to its end, as worker `rank` of `world`, and write its model to `model/`."""
+    config, stage = job.config, job.stage
+    device = torch.device("cuda" if config.student.gpus else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(config.student.cpus)))
+    torch.manual_seed(config.seed)
+    engine = TorchEngine(config.student, job.start, stage, device)
+    done = 0
+    checkpoint = latest_checkpoint(job.folder, job.identity)
+    if checkpoint is not None:
+        engine.load_state({"weights": checkpoint.load("weights"), "optimizer": checkpoint.load("optimizer")})
+        restore_random_state(checkpoint, rank)
+        done = checkpoint.step
+
+    order = unit_order(job.units, job.steps * job.units_per_step, config.seed)
+    stream = UnitStream(job, order[done * job.units_per_step :][rank::world])
+    writer = MetricsWriter(Path(config.output) / "metrics.jsonl") if rank == 0 else None
+    for step in range(done + 1, job.steps + 1):
+        begun = time.perf_counter()
+        batches = stream.take(job.units_per_step // world)
+        record = _step(job, engine, batches, learning_rate(stage, step - 1, job.steps))
+        seconds = time.perf_counter() - begun
+        waited, stream.waited = stream.waited, 0.0
+        if writer is not None:
+            speed = {
+                "seconds": seconds,
+                "tokens_per_second": record["tokens"] / seconds,
+                "wait_share": waited / seconds,
+            }
+            writer.write({"stage": job.folder.name, "step": step, "steps": job.steps, **record, **speed})
+        if step % stage.save_every == 0 and step < job.steps:
+            _save(job, engine, step, rank, world)
+    if rank == 0:
+        write_model(engine, job.folder)
+    engine.barrier()
+
+
+def _step(job: StageJob, engine: TorchEngine, batches: list[FusionBatch], rate: float) -> dict[str, float]:
+    """One optimiser step over this worker's batches; returns what it measured, summed over the workers."""
+    method, k = METHODS[job.stage.method], ranks(job.config, job.stage)
+    totals = engine.sum_over_workers(np.sum([batch.counts for batch in batches], axis=0))
+    measured: dict[str, float] = {}
+    for index, batch in enumerate(batches):
+        with engine.accumulate(last=index == len(batches) - 1):
+            head = engine.forward(batch, k)
+            loss, parts = method.loss(job.stage, head, batch, totals)
+            engine.backward(loss)
+        for name, value in {"loss": loss.detach(), **parts}.items():
+            measured[name] = measured.get(name, 0.0) + float(value)
+        for name, number in batch.stats.items():
+            measured[name] = measured.get(name, 0.0) + number
+    names = ["loss", "loss_sft", *(n for t, _ in job.spec.teachers for n in _teacher_names(t.name)), "cut", "damaged"]
+    values = engine.sum_over_workers(np.array([measured.get(name, 0.0) for name in names]))
+    record = dict(zip(names, values.tolist(), strict=True))
+    for s, (teacher, _) in enumerate(job.spec.teachers):
+        record[f"aligned_share/{teacher.name}"] = totals[1 + s] / totals[0]
+    return {**record, "tokens": totals[0], "learning_rate": rate, "gradient_norm": engine.step(rate)}
+
+
+def _teacher_names(name: str) -> Iterator[str]:
+    return (f"{part}/{name}" for part in ("loss_uld", "forwarded", "stored"))
+
+
+def _save(job: StageJob, engine: TorchEngine, step: int, rank: int, world: int) -> None:
+    state = engine.state() if rank == 0 else {}
+    save_checkpoint(
+        job.folder,
+        step,
+        job.identity,
+        state,
+        rank=rank,
+        world=world,
+        barrier=engine.barrier,
+        keep=job.stage.keep,
+    )
+
+
+def write_model(engine: TorchEngine, folder: Path) -> None:
+    """The stage's result: `model/`, which has its name only when it is complete."""
+    half = folder / ".model.half"
+    shutil.rmtree(half, ignore_errors=True)
+    engine.export(half)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    half.rename(folder / "model")
