@@ -37,6 +37,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 NOT_LIBRARY = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "ensurepip", "__pycache__"}
+DOCSTRING_PROMPT = "Write the docstring of"
 RESPONSE_BYTES = range(60, 1201)
 
 Row = dict[str, str]
@@ -128,7 +129,10 @@ def make_teacher(folder: Path) -> None:
 
 
 def make_rows(train: int, valid: int) -> tuple[list[Row], list[Row]]:
-    """At most `train` and `valid` rows, in an order given by their hashes; no module or problem is in both."""
+    """At most `train` and `valid` rows, in an order given by their hashes; no module or problem is in both.
+
+    Where there are more docstrings than `train` has room for, the problems stay.
+    """
     groups: dict[str, list[Row]] = {}
     seen: set[str] = set()
     for group, prompt, response in (*human_eval_problems(), *library_docstrings()):
@@ -140,8 +144,8 @@ def make_rows(train: int, valid: int) -> tuple[list[Row], list[Row]]:
     for group in sorted(groups, key=_hash):
         fits = len(valid_rows) + len(groups[group]) <= valid
         (valid_rows if fits else train_rows).extend(groups[group])
-    train_rows.sort(key=lambda row: _hash(row["prompt"]))
-    return train_rows[:train], valid_rows
+    train_rows.sort(key=lambda row: (row["prompt"].startswith(DOCSTRING_PROMPT), _hash(row["prompt"])))
+    return sorted(train_rows[:train], key=lambda row: _hash(row["prompt"])), valid_rows
 
 
 def human_eval_problems() -> Iterator[tuple[str, str, str]]:
@@ -162,7 +166,7 @@ def library_docstrings() -> Iterator[tuple[str, str, str]]:
         names = parts[:-1] if parts[-1] == "__init__" else parts
         for name, docstring in _docstrings(ast.parse(path.read_bytes()), ".".join(names)):
             if len(docstring.encode()) in RESPONSE_BYTES:
-                yield parts[0], f"Write the docstring of `{name}`.", docstring
+                yield parts[0], f"{DOCSTRING_PROMPT} `{name}`.", docstring
 
 
 def _docstrings(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:

@@ -51,6 +51,7 @@ class _Vocabulary:
     prefix: str  # a dummy space is put before: "never" a text, its "first" piece, "always" after added tokens too
     bare: tuple[str, ...]  # ... unless the text begins with one of these
     composes: bool  # true where the tokenizer brings its input into Unicode form NFC
+    size: int  # the number of tokens, V less the gaps
     reasons: dict[int, str]  # why the width of an id is UNKNOWN, where it is not a gap
 
 
@@ -142,10 +143,11 @@ def align_by_position(n_student: int, n_teacher: int) -> Alignment:
 
 def _offsets(ends: NDArray[np.int64], side: str) -> NDArray[np.int64]:
     """Bytes read at rows 0..n, int64 [n + 1], from the bytes read after each of n tokens."""
-    offsets = np.concatenate(([0], np.asarray(ends)))
-    if offsets.dtype.kind not in "iu" and len(offsets) > 1:
-        raise AlignmentError(f"the {side}'s byte ends are {offsets.dtype}, not integers; pass what byte_ends returns")
-    offsets = offsets.astype(np.int64, copy=False)
+    values = np.asarray(ends)
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        shape = f"{values.dtype} {list(values.shape)}"
+        raise AlignmentError(f"the {side}'s byte ends must be integers [n], not {shape}; pass what byte_ends returns")
+    offsets = np.concatenate(([0], values.astype(np.int64)))
     if (offsets[1:] < offsets[:-1]).any():
         row = int(np.argmax(offsets[1:] < offsets[:-1]))
         raise AlignmentError(
@@ -177,7 +179,7 @@ def _checked_ids(vocabulary: _Vocabulary, ids: Sequence[int] | NDArray[Any]) -> 
     if outside.any():
         raise AlignmentError(
             f"token id {rows[outside][0]} is outside the vocabulary of tokenizer {vocabulary.name} "
-            f"(0..{len(vocabulary.widths) - 1}); they come from another tokenizer or from padded model rows"
+            f"(0..{len(vocabulary.widths) - 1}); it comes from another tokenizer, or from a padded row of a model"
         )
     unknown = vocabulary.widths[rows] == UNKNOWN
     if unknown.any():
@@ -233,7 +235,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> _Vocabulary:
             "known; load it with AutoTokenizer from a folder with a tokenizer.json (for Mistral: mistral_format=False)"
         )
     table = _tables.get(tokenizer)
-    if table is None or len(table.pieces) < backend.get_vocab_size(with_added_tokens=True):
+    if table is None or table.size != backend.get_vocab_size(with_added_tokens=True):
         table = _tables[tokenizer] = _build(tokenizer, backend)
     return table
 
@@ -267,7 +269,7 @@ def _build(tokenizer: PreTrainedTokenizerBase, backend: Any) -> _Vocabulary:
     widths[list(reasons)] = UNKNOWN
     spaced = np.fromiter((piece.startswith(b" ") for piece in pieces), dtype=bool, count=len(pieces))
     composes = any(part["type"] == "NFC" for part in normalizers)
-    return _Vocabulary(name, tuple(pieces), widths, added, spaced, prefix, bare, composes, reasons)
+    return _Vocabulary(name, tuple(pieces), widths, added, spaced, prefix, bare, composes, len(vocabulary), reasons)
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:

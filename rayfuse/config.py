@@ -132,6 +132,7 @@ class Signals(Section):
 class Stage(Section):
     """What every stage has: how long, how fast, from which model."""
 
+    method: str
     start_from: Literal["previous", "pivot"] = Field(
         "previous", description="the model this stage starts from: the stage before it, or the untouched student"
     )
@@ -193,6 +194,11 @@ class Cluster(Section):
     """The Ray cluster; by default the one that RAY_ADDRESS names, else one embedded in this process."""
 
     address: str | None = Field(None, description="address of a running cluster, or 'local' for an embedded one")
+
+
+def _absolute(path: str, new: bool = False) -> str:
+    """A local path made absolute; hub ids and URLs (and, unless it is new, what does not exist) as they are."""
+    return str(Path(path).resolve()) if "://" not in path and (new or Path(path).exists()) else path
 
 
 def _named(value: Any, key: str) -> Any:
@@ -275,6 +281,30 @@ class Config(Section):
                 if stage.k is not None and stage.k > self.signals.k:
                     raise ValueError(f"{where}: k {stage.k} is more than signals.k {self.signals.k}")
         return self
+
+    def absolute(self) -> Config:
+        """The same configuration with every local path absolute, for processes that run in other folders."""
+
+        def model(section: Any) -> Any:
+            paths = {"model": _absolute(section.model), "tokenizer": section.tokenizer and _absolute(section.tokenizer)}
+            if section.trust_remote_code is not None:
+                paths["trust_remote_code"] = paths["model"]
+            return section.model_copy(update=paths)
+
+        def file(section: Any) -> Any:
+            return section and section.model_copy(update={"path": _absolute(section.path)})
+
+        signals = self.signals.model_copy(update={"store": self.signals.store and _absolute(self.signals.store, True)})
+        return self.model_copy(
+            update={
+                "student": model(self.student),
+                "teachers": tuple(model(teacher) for teacher in self.teachers),
+                "data": file(self.data),
+                "evaluate": file(self.evaluate),
+                "signals": signals,
+                "output": _absolute(self.output, True),
+            }
+        )
 
     @property
     def store_url(self) -> str:

@@ -57,6 +57,7 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
         RayfuseError: anything that cannot go on; whatever was done stays, and `resume` goes on from there.
     """
     console = console or Console()
+    config = config.absolute()
     times: dict[str, float] = {}
     _open_run_folder(config, resume)
     with _timed(times, "start Ray"):
@@ -202,22 +203,20 @@ def _stage_job(
 
 
 def evaluate_all(config: Config) -> list[dict[str, Any]]:
-    """Evaluate teachers, pivot and every stage's model on the same items, in parallel tasks.
-
-    What was evaluated before with the same settings is kept in `evaluations.json` and not done again.
-    """
+    """Evaluate teachers, pivot and every stage's model on the same items, in parallel tasks."""
     benchmark = config.evaluate
     assert benchmark is not None
     items = read_items(benchmark)
-    plain = {"cpus": 1.0, "gpus": config.student.gpus, "batch_tokens": 16384}
-    base = {key: getattr(config.student, key) for key in Model.model_fields}
+    device = {"cpus": config.student.cpus, "gpus": config.student.gpus}
     models = [(teacher, "teacher") for teacher in config.teachers if benchmark.teachers]
-    models.append((Teacher(**base, **plain, name="pivot"), "pivot"))
-    for index, stage in enumerate(config.stages):
-        path = str((config.stage_folder(index) / "model").resolve())
-        names = [other.method for other in config.stages]
-        name = stage.method if names.count(stage.method) == 1 else config.stage_folder(index).name
-        models.append((Teacher(model=path, dtype=config.student.dtype, **plain, name=name), "stage"))
+    pivot = config.student.model_dump(include=set(Model.model_fields))
+    models.append((Teacher.model_validate({**pivot, **device, "name": "pivot"}), "pivot"))
+    methods = [stage.method for stage in config.stages]
+    for index, method in enumerate(methods):
+        name = method if methods.count(method) == 1 else config.stage_folder(index).name
+        path = str(config.stage_folder(index) / "model")
+        stage = {"model": path, "name": name, "dtype": config.student.dtype, **device}
+        models.append((Teacher.model_validate(stage), "stage"))
     shared = ray.put(items)
     tasks = [
         evaluate_model.options(**resources.evaluate_task(model.gpus)).remote(model, role, shared, benchmark)

@@ -74,7 +74,7 @@ class TokenLines:
         own = set(ends.tolist())
         others = teachers if ends is student else [student]
         shared = own.intersection(*(set(other.tolist()) for other in others))
-        line = Text(label, style="bold", no_wrap=True, overflow="crop")
+        line = Text(no_wrap=True, overflow="crop").append(label, "bold")
         for segment in block:
             token_style = TOKEN_STYLES[int(np.searchsorted(ends, segment.end)) % 2]
             line.append(segment.shown, token_style)
@@ -104,9 +104,9 @@ def alignment_view(
         Text(""),
         legend,
         Text(""),
-        _share_table(student_ends, teacher_ends),
+        *_share_table(student_ends, teacher_ends),
         Text(""),
-        _vocabulary_table(student_tokenizer, teacher_tokenizers),
+        *_vocabulary_table(student_tokenizer, teacher_tokenizers),
     )
 
 
@@ -213,31 +213,33 @@ def _script(character: str) -> str:
     return "LATIN" if name.startswith("LATIN") else "other"
 
 
-def _share_table(student_ends: NDArray[np.int64], teacher_ends: Mapping[str, NDArray[np.int64]]) -> Table:
-    table = Table(title=f"positions that meet the student's {len(student_ends)} tokens", title_justify="left")
+def _share_table(student_ends: NDArray[np.int64], teacher_ends: Mapping[str, NDArray[np.int64]]) -> tuple[Text, Table]:
+    title = Text(f"where the teachers meet the student's {len(student_ends):,} tokens", style="bold")
+    table = Table()
     table.add_column("teacher")
     table.add_column("its tokens", justify="right")
     table.add_column("student tokens with a counterpart", justify="right")
     for name, ends in teacher_ends.items():
         table.add_row(name, f"{len(ends):,}", f"{shared_share(student_ends, ends):.1%}")
-    return table
+    return title, table
 
 
 def _vocabulary_table(
     student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizers: Mapping[str, PreTrainedTokenizerBase]
-) -> Table:
+) -> tuple[Text, Table]:
     unshared = unshared_tokens(student_tokenizer, teacher_tokenizers)
     vocabulary = sum(1 for piece in token_bytes(student_tokenizer) if piece)
     total = sum(map(len, unshared.values()))
-    title = f"student tokens that no teacher has: {total:,} of {vocabulary:,} ({total / max(vocabulary, 1):.1%})"
-    table = Table(title=title, title_justify="left")
-    table.add_column("kind")
+    share = total / max(vocabulary, 1)
+    title = Text(f"student tokens that no teacher has: {total:,} of {vocabulary:,} ({share:.1%})", style="bold")
+    table = Table()
+    table.add_column("kind", no_wrap=True)
     table.add_column("tokens", justify="right")
     table.add_column("for example")
     for kind, tokens in sorted(unshared.items(), key=lambda item: -len(item[1])):
         if tokens:
             table.add_row(kind, f"{len(tokens):,}", Text(_examples(tokens), no_wrap=True, overflow="ellipsis"))
-    return table
+    return title, table
 
 
 def _examples(tokens: list[str], count: int = 6) -> str:

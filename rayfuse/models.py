@@ -71,6 +71,13 @@ def load_model_config(model: Model) -> Any:
         return AutoConfig.from_pretrained(model.model, **_from_pretrained_arguments(model))
 
 
+def is_causal_lm(config: Any) -> bool:
+    """Whether transformers has a causal language model for this configuration (or the model brings its own code)."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+
+
 def load_causal_lm(model: Model, *, dtype: str | None = None) -> Any:
     """The model in evaluation mode on the CPU.
 
@@ -83,7 +90,9 @@ def load_causal_lm(model: Model, *, dtype: str | None = None) -> Any:
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder = Path(model.model)
     if folder.is_dir() and not model.gguf_file and not any(folder.glob(WEIGHT_FILES)):
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8])

@@ -83,7 +83,7 @@ class Preparer:
         )
         stats["cut"] = sum(item.cut > 0 for item in rendered)
         stats["seconds"] = time.perf_counter() - begun
-        return FusionBatch(*_pack_rows(rendered), targets=targets, stats=stats)
+        return _pack_batch(rendered, targets, stats)
 
     def _render(self, sample: Sample) -> Rendered:
         try:
@@ -145,8 +145,9 @@ class Preparer:
         return TeacherTarget(teacher.name, teacher.weight, np.concatenate(rows), np.concatenate(logps))
 
 
-def _pack_rows(rendered: Sequence[Rendered]) -> tuple[np.ndarray, ...]:
-    """input_ids, attention_mask, positions, labels and sample of a FusionBatch."""
+def _pack_batch(
+    rendered: Sequence[Rendered], targets: tuple[TeacherTarget, ...], stats: dict[str, float]
+) -> FusionBatch:
     B = len(rendered)
     T = max(item.length for item in rendered) - 1  # the end-of-turn token itself is predicted, never read
     input_ids_BT = np.zeros((B, T), dtype=np.int64)
@@ -160,7 +161,15 @@ def _pack_rows(rendered: Sequence[Rendered]) -> tuple[np.ndarray, ...]:
         positions.append(b * T + p - 1 + np.arange(n))
         labels.append(item.response_ids)
         sample.append(np.full(n, b))
-    return input_ids_BT, mask_BT, np.concatenate(positions), np.concatenate(labels), np.concatenate(sample)
+    return FusionBatch(
+        input_ids=input_ids_BT,
+        attention_mask=mask_BT,
+        positions=np.concatenate(positions),
+        labels=np.concatenate(labels),
+        sample=np.concatenate(sample),
+        targets=targets,
+        stats=stats,
+    )
 
 
 # --- the Ray task ------------------------------

@@ -17,8 +17,11 @@ ENVIRONMENT = {
     # After a node loss the old reservation never comes back: do not wait a minute for it.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Tokenizers, teachers and the student start at the same time, each in its process: that is no leak to warn of.
+    "RAY_worker_maximum_startup_concurrency": "64",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 

@@ -93,7 +93,7 @@ class TopKSignals:
         return self
 
 
-def _refuse(bad: np.ndarray, reason: str, values: np.ndarray) -> None:
+def _refuse(bad: Any, reason: str, values: np.ndarray) -> None:
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise SignalError(f"signals: {reason}, first in row {row}: {values[row]}")

@@ -1,8 +1,26 @@
 """The losses of fusion: pure torch functions that know nothing of Ray."""
 
+from rayfuse.losses.fpo import fpo_loss, fuse_logps, wrpo_loss
 from rayfuse.losses.fused_head import HeadOutput, fused_head
+from rayfuse.losses.gld import gauge, gld_distance, gld_features, gld_loss
 from rayfuse.losses.standardize import standardize
+from rayfuse.losses.token_logps import token_logps
 from rayfuse.losses.topk import TeacherTopK, teacher_topk
 from rayfuse.losses.uld import uld_loss
 
-__all__ = ["HeadOutput", "TeacherTopK", "fused_head", "standardize", "teacher_topk", "uld_loss"]
+__all__ = [
+    "HeadOutput",
+    "TeacherTopK",
+    "fpo_loss",
+    "fuse_logps",
+    "fused_head",
+    "gauge",
+    "gld_distance",
+    "gld_features",
+    "gld_loss",
+    "standardize",
+    "teacher_topk",
+    "token_logps",
+    "uld_loss",
+    "wrpo_loss",
+]

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 
 from rayfuse.errors import LossError
-from rayfuse.losses.topk import (
+from rayfuse.losses.head import (
     CHUNK_BYTES,
     Head,
-    block_topk,
+    add_products,
     check_inputs,
     chunk_logits,
     chunks,
     exp_in_place,
     label_logits,
+    to_inner_logits,
     valid_rows,
 )
+from rayfuse.losses.topk import block_topk
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def fused_head(
     """Mean cross-entropy and top-K logits of hidden [N, H] under the head weight [V, H] (bias [V]).
 
     labels: [N], the token that follows each position, `ignore_index` where there is none to learn; the top-K is given
-    for those positions too. `scale`, `softcap` and `valid_vocab` describe the head, see topk.Head. The gradient of a
+    for those positions too. `scale`, `softcap` and `valid_vocab` describe the head, see head.Head. The gradient of a
     loss on `topk` holds the kept ids fixed, as that of torch.topk does. A weight shared with the embedding works like
     any other use of a parameter.
 
@@ -119,8 +121,8 @@ class _FusedHead(torch.autograd.Function):
                 logits_CV *= sums_C1.reciprocal().masked_fill(ignored_C[:, None], 0.0)
                 target_C1 = labels[rows].masked_fill(ignored_C, 0)[:, None]
                 logits_CV.scatter_add_(1, target_C1, (~ignored_C).to(wide).neg()[:, None])
-                _to_inner_logits(logits_CV, slope_CV, head)
-                _add_products(grads, rows, logits_CV, hidden[rows], weight_VH)
+                to_inner_logits(logits_CV, slope_CV, head)
+                add_products(grads, rows, logits_CV, hidden[rows], weight_VH)
             del logits_CV, slope_CV
 
         ctx.set_materialize_grads(False)
@@ -150,40 +152,6 @@ class _FusedHead(torch.autograd.Function):
         return *cast, *[None] * 7
 
 
-def _to_inner_logits(grad_CV: torch.Tensor, squares_CV: torch.Tensor | None, head: Head) -> None:
-    """Turn a gradient on logits into one on hidden @ weight.T + bias, in place: times scale (1 - (logit / softcap)^2).
-
-    squares_CV holds the squared logits; it is overwritten.
-    """
-    if head.softcap is not None:
-        assert squares_CV is not None
-        grad_CV *= squares_CV.mul_(-(head.softcap**-2)).add_(1.0)
-    if head.scale != 1.0:
-        grad_CV *= head.scale
-
-
-def _add_products(
-    grads: list[torch.Tensor | None],
-    rows: slice,
-    grad_CV: torch.Tensor,
-    hidden_CH: torch.Tensor,
-    weight_VH: torch.Tensor,
-) -> None:
-    """Add one chunk's share to the gradients of hidden (its rows), weight and bias."""
-    grad_hidden, grad_weight, grad_bias = grads
-    if grad_bias is not None:
-        grad_bias[: len(weight_VH)] += grad_CV.sum(dim=0)
-    grad_CV = grad_CV.to(weight_VH.dtype)
-    if grad_hidden is not None:
-        grad_hidden[rows] = grad_CV @ weight_VH
-    if grad_weight is not None:
-        grad_valid_VH = grad_weight[: len(weight_VH)]
-        if grad_valid_VH.dtype == grad_CV.dtype:
-            grad_valid_VH.addmm_(grad_CV.T, hidden_CH)
-        else:
-            grad_valid_VH += grad_CV.T @ hidden_CH
-
-
 def _add_topk_gradient(
     grads: list[torch.Tensor | None],
     grad_topk: torch.Tensor,
@@ -197,7 +165,7 @@ def _add_topk_gradient(
     grad_hidden, grad_weight, grad_bias = grads
     N, k = ids.shape
     inner_Nk = grad_topk.clone()
-    _to_inner_logits(inner_Nk, topk.square(), head)
+    to_inner_logits(inner_Nk, topk.square(), head)
     if grad_bias is not None:
         grad_bias.index_add_(0, ids.flatten(), inner_Nk.flatten())
     rows_at_once = max(1, CHUNK_BYTES // (4 * k * hidden.shape[1]))

@@ -56,8 +56,8 @@ def _quoted(text: str) -> str:
 
 STYLES = {
     "math": Style(
-        vocabulary=416,
-        numbers=r"\p{N}",
+        vocabulary=608,
+        numbers=r"\p{N}{1,3}",
         start="",
         before={"user": "<|user|>", "assistant": "<|assistant|>"},
         after={"user": "<|end|>", "assistant": "<|end|>"},
@@ -66,7 +66,7 @@ STYLES = {
     ),
     "code": Style(
         vocabulary=640,
-        numbers=r"\p{N}{1,3}",
+        numbers=r"\p{N}",
         start="",
         before={"user": "<|im_start|>user\n", "assistant": "<|im_start|>assistant\n"},
         after={"user": "<|im_end|>\n", "assistant": "<|im_end|>\n"},
@@ -75,7 +75,7 @@ STYLES = {
     ),
     "instruct": Style(
         vocabulary=576,
-        numbers=r"\p{N}+",
+        numbers=r"\p{N}{1,2}",
         start="<s>",
         before={"user": "[INST]", "assistant": ""},
         after={"user": "[/INST]", "assistant": "</s>"},
@@ -84,7 +84,7 @@ STYLES = {
     ),
     "pivot": Style(
         vocabulary=512,
-        numbers=r"\p{N}{1,2}",
+        numbers=r"\p{N}+",
         start="",
         before={"user": "<|role|>user<|text|>", "assistant": "<|role|>assistant<|text|>"},
         after={"user": "<|over|>", "assistant": "<|over|>"},
@@ -139,7 +139,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int, hidden: int = 128,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
         dtype="float32",
     )
     torch.manual_seed(seed)
@@ -263,7 +262,7 @@ def _padded(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
+def answers(model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> list[str]:
     """The model's greedy response to each prompt, without special tokens."""
     model.eval()
     ids = _ids(tokenizer, [render_prompt(tokenizer, prompt) for prompt in prompts])

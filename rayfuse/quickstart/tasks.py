@@ -16,10 +16,13 @@ from rayfuse.errors import DataError
 
 Split = Literal["train", "heldout"]
 
-WORDS = (
-    "red blue green black white pink cat dog fox hen cow pig sun moon star rain snow wind "
-    "tree leaf rose seed corn rice milk salt cup pan lamp desk door roof boat ship road bell"
-).split()
+# fmt: off
+WORDS = [
+    "red", "blue", "green", "black", "white", "pink", "cat", "dog", "fox", "hen", "cow", "pig", "sun", "moon", "star",
+    "rain", "snow", "wind", "tree", "leaf", "rose", "seed", "corn", "rice", "milk", "salt", "cup", "pan", "lamp",
+    "desk", "door", "roof", "boat", "ship", "road", "bell",
+]
+# fmt: on
 
 HELDOUT_SHARE = 0.2
 
@@ -47,7 +50,7 @@ def make(skill: str, n: int, seed: int, wrong_share: float = 0.0, split: Split =
     draw = Random(f"{skill}/{split}/{seed}")
     wrong_rows = set(Random(f"wrong/{skill}/{seed}").sample(range(n), round(n * wrong_share)))
     kinds = SKILLS[skill]
-    rows = []
+    rows: list[dict[str, Any]] = []
     while len(rows) < n:
         task = draw.choice(kinds)(draw)
         if split_of(task.prompt) == split:
@@ -64,14 +67,8 @@ def split_of(prompt: str) -> Split:
 
 
 def write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
-    """Write rows as JSON lines, with the conversation under "messages" beside their own fields."""
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            messages = [
-                {"role": "user", "content": row["prompt"]},
-                {"role": "assistant", "content": row["response"]},
-            ]
-            file.write(json.dumps({"messages": messages, **row}) + "\n")
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 # ---- math: running sums and differences, comparisons ----
@@ -100,25 +97,25 @@ def _running(draw: Random, start: int, changes: list[int]) -> tuple[list[int], l
 
 
 def _sums(draw: Random) -> Task:
-    first, *others = [draw.randint(1, 9) for _ in range(draw.randint(4, 5))]
+    first, *others = [draw.randint(1, 9) for _ in range(4)]
     right, wrong = _running(draw, first, others)
     return Task(f"Sums of {_commas([first, *others])}", _commas(right), _commas(wrong))
 
 
 def _differences(draw: Random) -> Task:
-    start, changes = draw.randint(40, 99), [draw.randint(1, 9) for _ in range(3)]
+    start, changes = draw.randint(28, 60), [draw.randint(1, 9) for _ in range(3)]
     right, wrong = _running(draw, start, [-change for change in changes])
     return Task(f"From {start} take {_commas(changes)}", _commas(right), _commas(wrong))
 
 
 def _largest(draw: Random) -> Task:
-    values = draw.sample(range(10, 500), 3)
+    values = draw.sample(range(10, 100), 4)
     right, *others = sorted(values, reverse=True)
     return Task(f"Largest of {_commas(values)}", str(right), str(draw.choice(others)))
 
 
 def _above(draw: Random) -> Task:
-    limit, *values = draw.sample(range(10, 100), 5)
+    limit, *values = draw.sample(range(10, 100), 4)
     right = [value for value in values if value > limit]
     picked = draw.choice(values)
     wrong = [value for value in values if (value > limit) != (value == picked)]
@@ -137,22 +134,22 @@ def _exchanged(draw: Random, values: list[int]) -> list[int]:
 
 
 def _reverse(draw: Random) -> Task:
-    values = draw.sample(range(10), draw.randint(4, 6))
+    values = draw.sample(range(10), draw.randint(4, 5))
     right = values[::-1]
     return Task(f"{values}[::-1]", f"{right}", f"{_exchanged(draw, right)}")
 
 
 def _sort(draw: Random) -> Task:
-    values = draw.sample(range(10), draw.randint(4, 6))
+    values = draw.sample(range(10), draw.randint(4, 5))
     right = sorted(values)
     return Task(f"sorted({values})", f"{right}", f"{_exchanged(draw, right)}")
 
 
 def _range(draw: Random) -> Task:
-    start, step, count = draw.randint(0, 40), draw.randint(2, 9), draw.randint(3, 5)
+    start, step, count = draw.randint(0, 20), draw.randint(2, 5), draw.randint(3, 5)
     stop = start + step * (count - 1) + draw.randint(1, step)
     right = list(range(start, stop, step))
-    wrong = draw.choice([right[:-1], [*right, right[-1] + step], right[:-1] + [_off(draw, right[-1])]])
+    wrong = draw.choice([right[:-1], [*right, right[-1] + step], [*right[:-1], _off(draw, right[-1])]])
     return Task(f"list(range({start}, {stop}, {step}))", f"{right}", f"{wrong}")
 
 
@@ -181,7 +178,7 @@ def _capitals(draw: Random) -> Task:
 
 
 def _replace(draw: Random) -> Task:
-    old, new, *others = draw.sample(WORDS, 5)
+    old, new, *others = draw.sample(WORDS, 4)
     words = [old, *others]
     draw.shuffle(words)
     right = [new if word == old else word for word in words]

@@ -52,13 +52,15 @@ def application_name(fingerprint: str) -> str:
 
 def deploy(teachers: Sequence[tuple[Teacher, str]], k: int) -> None:
     """Make sure that each (teacher, fingerprint) has its Serve application; existing ones are left as they are."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
     running = serve.status().applications
     for teacher, fingerprint in teachers:
         name = application_name(fingerprint)
         if name in running and running[name].status in ("RUNNING", "DEPLOYING"):
             continue
-        deployment = serve.deployment(TeacherReplica, name=teacher.name, **resources.teacher_deployment(teacher))
+        options = resources.teacher_deployment(teacher)
+        deployment: Any = serve.deployment(TeacherReplica, name=teacher.name, **options)  # type: ignore[call-overload]
         serve.run(deployment.bind(teacher, k), name=name, route_prefix=None)
 
 

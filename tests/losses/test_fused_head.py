@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from rayfuse.errors import LossError
 from rayfuse.losses import fused_head, teacher_topk
-from rayfuse.losses.topk import BLOCK, block_topk, chunk_size
+from rayfuse.losses.head import chunk_size
+from rayfuse.losses.topk import BLOCK, block_topk
 
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -1,0 +1,200 @@
+"""The model card: README.md of the fused model in Hugging Face format, with the exact configuration inside.
+
+A card is made to be published: of local paths it shows the last component only, and it carries nothing of the machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayfuse.config import SFT, Config, InfiFusion, Stage
+from rayfuse.results import ALL, BITS, best, caveat, columns, headline, label, score
+
+PATH_KEYS = frozenset({"model", "tokenizer", "trust_remote_code", "gguf_file", "path", "output", "store"})
+"""Keys of the configuration whose values may be local paths."""
+
+
+def write_card(path: Path, config: Config, results: dict[str, Any]) -> None:
+    """Write the card of a finished run's model to `path`.
+
+    Args:
+        path: the README.md to write.
+        config: the run.
+        results: what results.json holds: "data", "models" and "times".
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    teachers = any(not isinstance(stage, SFT) for stage in config.stages)
+    parts = [
+        _front_matter(config, teachers),
+        f"# {_text(Path(config.output).name)}",
+        _what(config, teachers),
+        _result(config, results.get("models", [])),
+        _how_to_load(config),
+        _data(config, results.get("data", {})),
+        _configuration(config),
+    ]
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def public_name(value: str) -> str:
+    """A model, data set or folder as it may be published.
+
+    Hub ids, plain names and remote URLs stay as they are (URLs without user, password and query); of a local folder or
+    file only the last component is left.
+    """
+    scheme, separator, rest = value.partition("://")
+    if separator and scheme not in ("file", "local"):
+        host, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    local = rest if separator else value
+    pieces = [piece for piece in re.split(r"[\\/]", local) if piece]
+    is_hub_id = not separator and len(pieces) == 2 and re.match(r"[\w-]", local) and not Path(local).exists()
+    return value if is_hub_id and "\\" not in value else (pieces or [value])[-1]
+
+
+def public_config(config: Config) -> dict[str, Any]:
+    """The resolved configuration with `public_name` for every path, and without the cluster it happened to run on."""
+    tree = config.model_dump(mode="json", exclude={"cluster"})
+    return {key: _public(key, value) for key, value in tree.items()}
+
+
+def _public(key: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {inner: _public(inner, item) for inner, item in value.items()}
+    if isinstance(value, list):
+        return [_public(key, item) for item in value]
+    return public_name(value) if key in PATH_KEYS and isinstance(value, str) else value
+
+
+def _front_matter(config: Config, teachers: bool) -> str:
+    models = [config.student.model, *(teacher.model for teacher in config.teachers if teachers)]
+    tree = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": list(dict.fromkeys(public_name(model) for model in models)),
+        "tags": ["rayfuse", *(["model-fusion", "distillation"] if teachers else [])],
+    }
+    return f"---\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=1000)}---"
+
+
+def _what(config: Config, teachers: bool) -> str:
+    student = _code(public_name(config.student.model))
+    if teachers:
+        names = "\n".join(
+            f"- {_code(teacher.name)}: {_code(public_name(teacher.model))}, weight {teacher.weight:g}"
+            for teacher in config.teachers
+        )
+        opening = f"{student} (the pivot), into which these teachers were fused with rayfuse:\n\n{names}"
+    else:
+        opening = f"{student}, trained with rayfuse."
+    steps = "\n".join(f"{i}. {_stage(stage, config)}" for i, stage in enumerate(config.stages, start=1))
+    return f"{opening}\n\nTrained in {len(config.stages)} stage{'s' * (len(config.stages) > 1)}:\n\n{steps}"
+
+
+def _stage(stage: Stage, config: Config) -> str:
+    amount = f"{stage.steps:,} steps" if stage.steps else _epochs(stage.epochs or 1)
+    start = ", from the untouched pivot" if stage.start_from == "pivot" else ""
+    method = STAGE_TEXTS[type(stage)](stage, config)
+    return f"{method} {amount} of {stage.batch_size} samples, learning rate {stage.learning_rate:g}{start}."
+
+
+def _epochs(number: float) -> str:
+    return f"{number:g} epoch{'s' * (number != 1)}"
+
+
+def _infifusion_text(stage: InfiFusion, config: Config) -> str:
+    kind = "z-scored " if stage.standardized else ""
+    meet = "both tokenizers have read equally many bytes" if stage.alignment == "bytes" else "the position is the same"
+    return (
+        f"`infifusion` (unified InfiFusion, [arXiv 2501.02795](https://arxiv.org/abs/2501.02795)): {1 - stage.lam:g} x "
+        f"cross-entropy + {stage.lam:g} x the {stage.over_teachers} over the teachers of the distance between the "
+        f"{kind}top-{stage.k or config.signals.k} {stage.space} of teacher and student, rank by rank, wherever {meet}."
+    )
+
+
+STAGE_TEXTS: dict[type[Stage], Callable[[Any, Config], str]] = {
+    SFT: lambda stage, config: "`sft`: cross-entropy on the assistant's turns.",
+    InfiFusion: _infifusion_text,
+}
+
+
+def _result(config: Config, models: list[dict[str, Any]]) -> str:
+    if not models:
+        return ""
+    names = columns(models)
+    winners = {column: best(models, column) for column in names}
+    lines = [
+        "| model | " + " | ".join(_text(c) + (" ↓" if c == BITS else "") for c in names) + " |",
+        "|---|" + "---:|" * len(names),
+    ]
+    for model in models:
+        cells = []
+        for column in names:
+            found = score(model, column)
+            bold = "**" if model["name"] in winners[column] else ""
+            cells.append(f"{bold}{found.text}{bold} ({found.interval})" if found else "–")
+        lines.append(f"| {_text(label(model))} | " + " | ".join(cells) + " |")
+    total = next((m["accuracy"][ALL]["total"] for m in models if ALL in m["accuracy"]), None)
+    items = f"{total:,} held-out items. " if total else ""
+    note = (
+        f"{items}In brackets: the 95% interval. Bold: best of pivot and stages, by the value alone. ↓ less is better."
+    )
+    said = (*headline(models), caveat(models, config.model_dump()["stages"]))
+    sentences = " ".join(_text(sentence) for sentence in said if sentence)
+    return "\n\n".join(part for part in ("## Result", sentences, "\n".join(lines), note) if part)
+
+
+def _how_to_load(config: Config) -> str:
+    remote = ", trust_remote_code=True" if config.student.trust_remote_code else ""
+    return f"""## How to load it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # the folder of this file, or the hub id it was uploaded under
+tokenizer = AutoTokenizer.from_pretrained(folder{remote})
+model = AutoModelForCausalLM.from_pretrained(folder{remote})
+
+messages = [{{"role": "user", "content": "Which number is larger, 17 or 71?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```"""
+
+
+def _data(config: Config, counts: dict[str, Any]) -> str:
+    if not counts:
+        return ""
+    text = (
+        f"{counts['rows']:,} rows of {_code(public_name(config.data.path))}; {counts['bad_rows']:,} malformed rows "
+        f"were skipped, {counts['too_long']:,} samples longer than {config.data.max_length:,} tokens dropped. "
+        f"Trained on {counts['samples']:,} samples (one for each assistant turn), with the prompt cut in "
+        f"{counts['cut']:,} of them."
+    )
+    return f"## Training data\n\n{text}"
+
+
+def _configuration(config: Config) -> str:
+    text = yaml.safe_dump(public_config(config), sort_keys=False, allow_unicode=True, width=1000)
+    return (
+        "## Configuration\n\nEvery setting of the run, defaults filled in; of local paths the last component.\n\n"
+        f"```yaml\n{text}```"
+    )
+
+
+def _text(text: str) -> str:
+    """Outside text in Markdown: no HTML, no table cell ended early, no formatting begun."""
+    for mark, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("\n", " ")):
+        text = text.replace(mark, entity)
+    return re.sub(r"([\\`*_\[\]])", r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    return "`" + re.sub(r"[`\n]", " ", text) + "`"

@@ -1,0 +1,154 @@
+"""Preference optimisation against fused teachers: their sequence log-probabilities stand in for DPO's reference.
+
+Shapes: S teachers, N responses (or pairs of responses). Every log-probability is that of a whole response divided by
+its number of tokens under the model's own tokenizer, the end of turn counted (InfiFPO, arXiv 2505.13878, eq. 10).
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch.nn import functional as F
+
+from rayfuse.errors import LossError
+
+CONFIDENCE_EPS = 1e-6
+
+
+def fuse_logps(
+    teachers: torch.Tensor,
+    initial: torch.Tensor,
+    policy: torch.Tensor,
+    *,
+    side: Literal["chosen", "rejected"],
+    rule: Literal["max_margin", "mean", "confidence"] = "max_margin",
+    clip: bool = True,
+) -> torch.Tensor:
+    """One fused log-probability per response [N], without gradient, from teachers [S, N].
+
+    clip (eq. 11): a teacher that likes a chosen response less than the initial pivot does, or a rejected one more, is
+    set to `initial` [N] there. Where the policy is the initial pivot no pair then starts with a positive margin.
+    Then, by `rule`:
+    - max_margin (eq. 12): the teacher whose probability is farthest from the policy's, |exp(lp_i) - exp(lp_policy)|;
+      the first one where several are equally far. `policy` [N] is the current policy, or `initial` to fuse only once.
+    - mean: the mean of the teachers (app. D).
+    - confidence: their mean weighted by 1 / (-lp_i + 1e-6), weights normalised to sum 1 (app. D).
+
+    float32 (float64 stays float64), O(S N). Raises LossError on shapes that do not match, an unknown side or rule, and
+    on values that are not finite log-probabilities (1e-4 above 0 passes as rounding).
+
+    Paper: InfiFPO (arXiv 2505.13878), eq. 11, eq. 12, fig. 1, app. D.
+    """
+    if teachers.ndim != 2 or len(teachers) == 0 or not teachers.shape[1:] == initial.shape == policy.shape:
+        raise LossError(
+            f"fuse_logps takes teachers [S, N], initial [N] and policy [N], got {tuple(teachers.shape)}, "
+            f"{tuple(initial.shape)} and {tuple(policy.shape)}"
+        )
+    if side not in ("chosen", "rejected") or rule not in RULES:
+        raise LossError(f"fuse_logps: side {side!r} must be chosen or rejected, rule {rule!r} one of {list(RULES)}")
+    wide = torch.promote_types(teachers.dtype, torch.float32)
+    for name, values in (("teachers", teachers), ("initial", initial), ("policy", policy)):
+        wrong = values[~(torch.isfinite(values) & (values <= 1e-4))]
+        if len(wrong):
+            raise LossError(
+                f"fuse_logps: {name} must be finite log-probabilities per token, at most 0, got {wrong[:8].tolist()}"
+            )
+    teachers_SN, initial_N, policy_N = (values.detach().to(wide) for values in (teachers, initial, policy))
+    if clip:
+        bound = torch.maximum if side == "chosen" else torch.minimum
+        teachers_SN = bound(teachers_SN, initial_N)
+    return RULES[rule](teachers_SN, policy_N)
+
+
+def fpo_loss(
+    policy_chosen: torch.Tensor,
+    policy_rejected: torch.Tensor,
+    fused_chosen: torch.Tensor,
+    fused_rejected: torch.Tensor,
+    *,
+    beta: float = 2.5,
+    variant: Literal["fpo", "ipo"] = "fpo",
+) -> torch.Tensor:
+    """Loss per pair [N] of the policy's log-probabilities against the fused ones, all [N]; the fused are detached.
+
+    With margin = (policy - fused)(chosen) - (policy - fused)(rejected):
+    fpo: -log sigmoid(beta * margin) (eq. 13); ipo: (margin - 1 / (2 beta))^2.
+    Where fused is the reference model's log-probability, these are length-normalised DPO and IPO.
+
+    Raises LossError on shapes that do not match, an unknown variant, or beta <= 0.
+
+    Paper: InfiFPO (arXiv 2505.13878), eq. 13; the IPO variant after arXiv 2310.12036.
+    """
+    _check_pairs(beta, policy_chosen, policy_rejected, fused_chosen, fused_rejected)
+    if variant not in VARIANTS:
+        raise LossError(f"fpo_loss: variant {variant!r} must be one of {list(VARIANTS)}")
+    return VARIANTS[variant](_gain(policy_chosen, fused_chosen) - _gain(policy_rejected, fused_rejected), beta)
+
+
+def wrpo_loss(
+    policy_source: torch.Tensor,
+    policy_pivot: torch.Tensor,
+    policy_rejected: torch.Tensor,
+    fused_source: torch.Tensor,
+    fused_pivot: torch.Tensor,
+    fused_rejected: torch.Tensor,
+    *,
+    alpha: float,
+    beta: float = 2.5,
+) -> torch.Tensor:
+    """Loss per triple [N]: the best teacher-written response, the best of the pivot's own, and the rejected one.
+
+    -log sigmoid(alpha beta d(source) + (1 - alpha) beta d(pivot) - beta d(rejected)), d = policy - fused. `alpha` in
+    [0, 1] is how much the teachers' response counts; 0 is fpo_loss on the pivot's own.
+
+    Raises LossError on shapes that do not match, alpha outside [0, 1], or beta <= 0.
+
+    Paper: InfiFPO (arXiv 2505.13878), app. C, after weighted-reward preference optimisation (arXiv 2412.03187).
+    """
+    _check_pairs(beta, policy_source, policy_pivot, policy_rejected, fused_source, fused_pivot, fused_rejected)
+    if not 0 <= alpha <= 1:
+        raise LossError(f"wrpo_loss: alpha is {alpha}, it must be between 0 and 1")
+    gain = alpha * _gain(policy_source, fused_source) + (1 - alpha) * _gain(policy_pivot, fused_pivot)
+    return _sigmoid_loss(gain - _gain(policy_rejected, fused_rejected), beta)
+
+
+def _max_margin(teachers_SN: torch.Tensor, policy_N: torch.Tensor) -> torch.Tensor:
+    farthest_N = (teachers_SN.exp() - policy_N.exp()).abs().argmax(dim=0)
+    return teachers_SN.gather(0, farthest_N[None])[0]
+
+
+def _mean(teachers_SN: torch.Tensor, policy_N: torch.Tensor) -> torch.Tensor:
+    return teachers_SN.mean(dim=0)
+
+
+def _confidence(teachers_SN: torch.Tensor, policy_N: torch.Tensor) -> torch.Tensor:
+    weights_SN = (teachers_SN.neg().clamp_min(0.0) + CONFIDENCE_EPS).reciprocal()
+    return (weights_SN * teachers_SN).sum(dim=0) / weights_SN.sum(dim=0)
+
+
+def _sigmoid_loss(margin_N: torch.Tensor, beta: float) -> torch.Tensor:
+    return -F.logsigmoid(beta * margin_N)
+
+
+def _squared_loss(margin_N: torch.Tensor, beta: float) -> torch.Tensor:
+    return (margin_N - 1 / (2 * beta)).square()
+
+
+RULES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "max_margin": _max_margin,
+    "mean": _mean,
+    "confidence": _confidence,
+}
+VARIANTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {"fpo": _sigmoid_loss, "ipo": _squared_loss}
+
+
+def _gain(policy_N: torch.Tensor, fused_N: torch.Tensor) -> torch.Tensor:
+    wide = torch.promote_types(policy_N.dtype, torch.float32)
+    return policy_N.to(wide) - fused_N.detach().to(wide)
+
+
+def _check_pairs(beta: float, *logps: torch.Tensor) -> None:
+    if any(values.shape != logps[0].shape or values.ndim != 1 for values in logps):
+        raise LossError(f"preference losses take log-probabilities [N], got {[tuple(x.shape) for x in logps]}")
+    if beta <= 0:
+        raise LossError(f"beta is {beta}, it must be positive")

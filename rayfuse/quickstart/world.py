@@ -1,0 +1,201 @@
+"""The quickstart world: three experts, a pivot and the data, made once and kept in a cache folder.
+
+    python -m rayfuse.quickstart.world --cache /tmp/world
+
+Each expert is trained on right answers, nearly all of its own skill. The pivot has seen a little of every skill. The
+training set for the pivot is imperfect, as collected data are: a share of its responses is wrong.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rayfuse.quickstart import models, tasks
+
+TRAIN_ROWS_PER_SKILL = 1500
+HELDOUT_ROWS_PER_SKILL = 200
+WRONG_SHARE = 0.3
+EXPERTS = ("math", "code", "instruct")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is made: rows of each skill to learn from, and for how many steps."""
+
+    name: str
+    rows: dict[str, int]
+    steps: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class World:
+    """A finished world; every path exists.
+
+    Attributes:
+        folder: where it lies in the cache.
+        teachers: model folder of each expert, by its skill.
+        pivot: folder of the model that fusion starts from.
+        train: JSON lines to train on, `WRONG_SHARE` of each skill's responses wrong.
+        evaluation: JSON lines of held-out prompts with right responses.
+    """
+
+    folder: Path
+
+    @property
+    def teachers(self) -> dict[str, Path]:
+        return {skill: self.folder / "teachers" / skill for skill in EXPERTS}
+
+    @property
+    def pivot(self) -> Path:
+        return self.folder / "pivot"
+
+    @property
+    def train(self) -> Path:
+        return self.folder / "train.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "eval.jsonl"
+
+
+def recipes(seed: int) -> list[Recipe]:
+    """The four models, the longest training first."""
+    few = 1000
+    experts = {"math": (2400, 3e-3), "code": (1600, 2e-3), "instruct": (1400, 2e-3)}
+    made = [
+        Recipe(skill, {other: 24_000 if other == skill else few for other in EXPERTS}, steps, rate, 10 * seed + number)
+        for number, (skill, (steps, rate)) in enumerate(experts.items())
+    ]
+    return [*made, Recipe("pivot", dict.fromkeys(EXPERTS, 4000), 700, 2e-3, 10 * seed + 9)]
+
+
+# Runs a function on each item, in any order and place, and gives the results as they come.
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
+
+
+def in_processes(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterable[Any]:
+    """A map over two fresh processes."""
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(function, items)
+
+
+def build_world(
+    cache: Path, seed: int = 0, progress: Callable[[str], None] = lambda line: None, map_function: Map = in_processes
+) -> World:
+    """The world of this seed: from the cache, or made there now.
+
+    The folder's name is a hash of the seed and of the code that makes a world. It appears under that name only when it
+    is complete, so that a broken-off run leaves nothing that a later one would take for a world.
+    """
+    folder = cache / _key(seed)
+    if folder.exists():
+        progress(f"models and data found in {folder}")
+        return World(folder)
+    unfinished = cache / f".{folder.name}.{os.getpid()}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    _write_data(World(unfinished), seed)
+    times = train_all(recipes(seed), unfinished, progress, map_function)
+    (unfinished / "times.json").write_text(json.dumps(times, indent=2))
+    if folder.exists():  # another process was faster
+        shutil.rmtree(unfinished)
+    else:
+        unfinished.rename(folder)
+    return World(folder)
+
+
+def _key(seed: int) -> str:
+    sources = [Path(str(module.__file__)) for module in (models, tasks)] + [Path(__file__)]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+    return f"world-{seed}-{digest.hexdigest()[:12]}"
+
+
+def _write_data(world: World, seed: int) -> None:
+    files: tuple[tuple[Path, int, float, tasks.Split], ...] = (
+        (world.train, TRAIN_ROWS_PER_SKILL, WRONG_SHARE, "train"),
+        (world.evaluation, HELDOUT_ROWS_PER_SKILL, 0.0, "heldout"),
+    )
+    for path, n, wrong_share, split in files:
+        rows = [row for skill in EXPERTS for row in tasks.make(skill, n, 1000 + seed, wrong_share, split)]
+        Random(seed).shuffle(rows)
+        tasks.write_rows(rows, path)
+
+
+def train_all(
+    made: Sequence[Recipe], folder: Path, progress: Callable[[str], None], map_function: Map
+) -> dict[str, dict[str, float]]:
+    """Make all models under `folder`; returns CPU and wall seconds of each."""
+    jobs = [(recipe, folder / ("teachers" if recipe.name in EXPERTS else "") / recipe.name) for recipe in made]
+    times = {}
+    for name, seconds in map_function(train_one, jobs):
+        progress(f"{name}: trained in {seconds['wall']:.0f} s")
+        times[name] = seconds
+    return times
+
+
+def train_one(job: tuple[Recipe, Path]) -> tuple[str, dict[str, float]]:
+    """Make one model from its recipe, on one thread, so that its bits depend on the recipe alone."""
+    recipe, folder = job
+    wall, cpu = time.monotonic(), time.process_time()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = [row for skill, n in recipe.rows.items() for row in tasks.make(skill, n, recipe.seed)]
+        Random(recipe.seed).shuffle(rows)
+        style = models.STYLES[recipe.name]
+        tokenizer = models.make_tokenizer(style, [f"{row['prompt']}\n{row['response']}" for row in rows[:5000]])
+        model = models.make_model(tokenizer, recipe.seed)
+        samples = models.encode(tokenizer, rows)
+        models.train(model, samples, steps=recipe.steps, batch=32, learning_rate=recipe.learning_rate, seed=recipe.seed)
+        models.save(model, tokenizer, folder)
+    finally:
+        torch.set_num_threads(threads)
+    return recipe.name, {"cpu": time.process_time() - cpu, "wall": time.monotonic() - wall}
+
+
+def accuracies(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Share of right greedy answers of one saved model, by skill."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    answers = models.answers(model, tokenizer, [row["prompt"] for row in rows])
+    right: dict[str, list[bool]] = {skill: [] for skill in EXPERTS}
+    for row, answer in zip(rows, answers, strict=True):
+        right[row["skill"]].append(answer == row["response"])
+    return {skill: sum(marks) / len(marks) for skill, marks in right.items()}
+
+
+def main() -> None:
+    """Make the world and print how good its models are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True, help="folder that holds the made worlds")
+    parser.add_argument("--seed", type=int, default=0, help="seed of tasks and models")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    world = build_world(arguments.cache, arguments.seed, progress=print)
+    print(f"{world.folder}: {time.monotonic() - start:.0f} s")
+    times = json.loads((world.folder / "times.json").read_text())
+    rows = [json.loads(line) for line in world.evaluation.read_text().splitlines()]
+    print(f"{'model':10}" + "".join(f"{skill:>10}" for skill in EXPERTS) + f"{'CPU s':>10}{'wall s':>10}")
+    for name, folder in {**world.teachers, "pivot": world.pivot}.items():
+        shares = accuracies(folder, rows)
+        row = "".join(f"{100 * shares[skill]:9.1f}%" for skill in EXPERTS)
+        print(f"{name:10}{row}{times[name]['cpu']:10.0f}{times[name]['wall']:10.0f}")
+
+
+if __name__ == "__main__":
+    main()

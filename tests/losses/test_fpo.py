@@ -1,0 +1,203 @@
+"""Preference losses: the paper's example to six digits, and TRL's DPO trainer where the two coincide."""
+
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rayfuse.errors import LossError
+from rayfuse.losses import fpo_loss, fuse_logps, wrpo_loss
+
+# The InfiFPO authors' example: one pair, three teachers, policy = initial pivot.
+PIVOT = {"chosen": [-0.06974949687719345], "rejected": [-0.13944919407367706]}
+TEACHERS = {
+    "chosen": [[-0.2378779649734497], [-0.2621479332447052], [-0.3679310381412506]],
+    "rejected": [[-0.25559499859809875], [-0.2677876949310303], [-0.3368484675884247]],
+}
+GOLDEN = [
+    ("max_margin", True, -0.069749, -0.336848, -0.493498, 0.970035),
+    ("mean", True, -0.069749, -0.286744, -0.368236, 0.894120),
+    ("max_margin", False, -0.367931, -0.336848, 0.251956, 0.575084),
+    ("mean", False, -0.289319, -0.286744, 0.180687, 0.606879),
+]
+
+
+def random_logps(*shape, seed=0):
+    return -torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 0.01
+
+
+def trl_dpo(policy, reference, lengths, beta, loss_type):
+    """TRL's DPOTrainer._compute_loss on given summed log-probabilities [2N] (chosen first): its mean over pairs."""
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    n, T = len(policy), int(max(lengths)) + 1
+    completion_mask = (torch.arange(T) >= 1) & (torch.arange(T)[None] <= lengths[:, None])
+    per_token = (policy / lengths)[:, None] * completion_mask[:, 1:]
+    outputs = SimpleNamespace(
+        log_probs=per_token,
+        entropy=torch.zeros(n, T - 1),
+        mean_logits=torch.zeros(n, T - 1),
+        is_top1=torch.zeros(n, T - 1, dtype=torch.bool),
+    )
+    accelerator = SimpleNamespace(device="cpu", gather=lambda x: x, gather_for_metrics=lambda x: x)
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        accelerator=accelerator,
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=[loss_type],
+        loss_weights=[1.0],
+        beta=beta,
+        label_smoothing=0.0,
+        use_weighting=False,
+        _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    reference_chosen, reference_rejected = reference.chunk(2)
+    inputs = {
+        "input_ids": torch.zeros(n, T, dtype=torch.int64),
+        "attention_mask": torch.ones(n, T, dtype=torch.int64),
+        "completion_mask": completion_mask.long(),
+        "ref_chosen_logps": reference_chosen,
+        "ref_rejected_logps": reference_rejected,
+    }
+    return DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, return_outputs=False)
+
+
+@pytest.mark.parametrize(("rule", "clip", "chosen", "rejected", "u", "loss"), GOLDEN)
+def test_the_papers_example(rule, clip, chosen, rejected, u, loss):
+    pivot = {side: torch.tensor(values, dtype=torch.float64) for side, values in PIVOT.items()}
+    fused = {
+        side: fuse_logps(
+            torch.tensor(TEACHERS[side], dtype=torch.float64), pivot[side], pivot[side], side=side, rule=rule, clip=clip
+        )
+        for side in ("chosen", "rejected")
+    }
+    assert fused["chosen"].item() == pytest.approx(chosen, abs=1e-6)
+    assert fused["rejected"].item() == pytest.approx(rejected, abs=1e-6)
+    result = fpo_loss(pivot["chosen"], pivot["rejected"], fused["chosen"], fused["rejected"], beta=2.5)
+    assert result.item() == pytest.approx(loss, abs=1e-6)
+    assert math.log(math.exp(-result.item()) / (1 - math.exp(-result.item()))) == pytest.approx(u, abs=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["max_margin", "mean", "confidence"])
+@pytest.mark.parametrize("clip", [True, False])
+def test_one_teacher_equal_to_the_initial_pivot_is_length_normalised_dpo(rule, clip):
+    """TRL's `sigmoid_norm` divides by the same token counts: equal to it, value and gradient."""
+    lengths = torch.tensor([7, 3, 9, 5, 8, 4])
+    initial, policy = random_logps(6, seed=1), random_logps(6, seed=2).requires_grad_()
+    fused = [
+        fuse_logps(initial_N[None], initial_N, policy_N, side=side, rule=rule, clip=clip)
+        for initial_N, policy_N, side in zip(initial.chunk(2), policy.chunk(2), ("chosen", "rejected"), strict=True)
+    ]
+    ours = fpo_loss(*policy.chunk(2), *fused, beta=2.5).mean()
+    theirs = trl_dpo(policy * lengths, initial * lengths, lengths, 2.5, "sigmoid_norm")
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(torch.autograd.grad(ours, policy), torch.autograd.grad(theirs, policy))
+
+
+def test_summed_log_probabilities_of_one_source_are_dpo():
+    lengths = torch.tensor([7, 3, 9, 5, 8, 4])
+    reference, policy = random_logps(6, seed=3) * 6, random_logps(6, seed=4) * 6
+    fused = [
+        fuse_logps(values[None], values - 1.0, policy[:3], side=side, clip=False)
+        for values, side in zip(reference.chunk(2), ("chosen", "rejected"), strict=True)
+    ]
+    ours = fpo_loss(*policy.chunk(2), *fused, beta=0.1).mean()
+    torch.testing.assert_close(ours, trl_dpo(policy, reference, lengths, 0.1, "sigmoid"), rtol=1e-6, atol=1e-8)
+
+
+def test_ipo_equals_trl():
+    lengths = torch.tensor([7, 3, 9, 5])
+    reference, policy = random_logps(4, seed=5), random_logps(4, seed=6)
+    ours = fpo_loss(*policy.chunk(2), *reference.chunk(2), beta=2.5, variant="ipo").mean()
+    theirs = trl_dpo(policy * lengths, reference * lengths, lengths, 2.5, "ipo")
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("rule", ["max_margin", "mean", "confidence"])
+def test_clipping_never_starts_with_a_positive_margin(rule):
+    """policy = initial pivot: u <= 0 for every pair, so every loss is at least log 2."""
+    chosen, rejected = random_logps(400, seed=7), random_logps(400, seed=8)
+    fused_chosen = fuse_logps(random_logps(4, 400, seed=9), chosen, chosen, side="chosen", rule=rule)
+    fused_rejected = fuse_logps(random_logps(4, 400, seed=10), rejected, rejected, side="rejected", rule=rule)
+    assert (fused_chosen >= chosen - 1e-12).all()
+    assert (fused_rejected <= rejected + 1e-12).all()
+    assert (fpo_loss(chosen, rejected, fused_chosen, fused_rejected) >= math.log(2) - 1e-12).all()
+
+
+def test_max_margin_takes_the_farthest_teacher_of_each_side_and_the_first_of_equals():
+    teachers = torch.tensor([[-1.0, -0.5], [-0.2, -0.5], [-3.0, -0.5]])
+    policy = torch.tensor([-0.3, -2.0])
+    initial = torch.tensor([-9.0, -9.0])
+    assert fuse_logps(teachers, initial, policy, side="chosen", clip=False).tolist() == [-3.0, -0.5]
+    # |exp(lp) - exp(policy)| per teacher at response 0: 0.373, 0.078, 0.691; nearer to certain the second one wins.
+    assert fuse_logps(teachers, initial, torch.tensor([-9.0, -9.0]), side="chosen").tolist() == pytest.approx(
+        [-0.2, -0.5]
+    )
+
+
+def test_confidence_weighs_by_the_inverse_of_the_negative_log_probability():
+    teachers = torch.tensor([[-0.5], [-0.1], [-2.0]], dtype=torch.float64)
+    weights = [1 / (0.5 + 1e-6), 1 / (0.1 + 1e-6), 1 / (2.0 + 1e-6)]
+    expected = sum(w * lp for w, lp in zip(weights, [-0.5, -0.1, -2.0], strict=True)) / sum(weights)
+    fused = fuse_logps(teachers, teachers[0], teachers[0], side="chosen", rule="confidence", clip=False)
+    assert fused.item() == pytest.approx(expected, rel=1e-12)
+    certain = fuse_logps(teachers * 0, teachers[0], teachers[0], side="chosen", rule="confidence", clip=False)
+    assert certain.item() == 0.0
+
+
+def test_nothing_but_the_policy_has_a_gradient():
+    policy = [random_logps(3, seed=i).requires_grad_() for i in (11, 12)]
+    fused = [random_logps(3, seed=i).requires_grad_() for i in (13, 14)]
+    assert torch.autograd.gradcheck(lambda *p: fpo_loss(*p, *fused), policy)
+    assert torch.autograd.gradcheck(lambda *p: fpo_loss(*p, *fused, variant="ipo"), policy)
+    fpo_loss(*policy, *fused).sum().backward()
+    assert fused[0].grad is None
+    teachers = random_logps(2, 3, seed=15).requires_grad_()
+    assert not fuse_logps(teachers, policy[0], policy[0], side="chosen").requires_grad
+
+
+def test_wrpo_is_the_formula_and_ends_in_fpo():
+    policy = [random_logps(3, seed=i) for i in (16, 17, 18)]
+    fused = [random_logps(3, seed=i) for i in (19, 20, 21)]
+    d = [p - f for p, f in zip(policy, fused, strict=True)]
+    u = 0.3 * 2.0 * d[0] + 0.7 * 2.0 * d[1] - 2.0 * d[2]
+    expected = torch.tensor([math.log1p(math.exp(-x)) for x in u.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(wrpo_loss(*policy, *fused, alpha=0.3, beta=2.0), expected)
+    torch.testing.assert_close(
+        wrpo_loss(*policy, *fused, alpha=0.0), fpo_loss(policy[1], policy[2], fused[1], fused[2])
+    )
+    torch.testing.assert_close(
+        wrpo_loss(*policy, *fused, alpha=1.0), fpo_loss(policy[0], policy[2], fused[0], fused[2])
+    )
+
+
+LP = -torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fuse_logps(-torch.ones(0, 2), LP, LP, side="chosen"), r"\(0, 2\)"),
+        (lambda: fuse_logps(-torch.ones(3, 2), LP[:1], LP, side="chosen"), r"\(1,\)"),
+        (lambda: fuse_logps(LP, LP, LP, side="chosen"), r"teachers \[S, N\]"),
+        (lambda: fuse_logps(LP[None], LP, LP, side="better"), "better"),
+        (lambda: fuse_logps(LP[None], LP, LP, side="chosen", rule="best"), "best"),
+        (lambda: fuse_logps(-LP[None], LP, LP, side="chosen"), "teachers must be finite log-probabilities"),
+        (lambda: fuse_logps(LP[None], LP * torch.nan, LP, side="chosen"), "initial must be finite"),
+        (lambda: fuse_logps(LP[None], LP, LP * torch.inf, side="chosen"), "policy must be finite"),
+        (lambda: fpo_loss(LP, LP, LP, LP[:1]), r"\(1,\)"),
+        (lambda: fpo_loss(LP, LP, LP, LP, beta=0.0), "beta is 0.0"),
+        (lambda: fpo_loss(LP, LP, LP, LP, variant="dpo"), "dpo"),
+        (lambda: wrpo_loss(LP, LP, LP, LP, LP, LP, alpha=1.5), "alpha is 1.5"),
+    ],
+)
+def test_refuses_what_it_cannot_fuse(call, message):
+    with pytest.raises(LossError, match=message):
+        call()
