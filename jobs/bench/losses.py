@@ -10,6 +10,7 @@ rayfuse. "extra" is what distillation adds to the cross-entropy of the same kind
 import argparse
 import os
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,8 +74,8 @@ def compare(positions: int, hidden_size: int, runs: int) -> None:
     )
 
     def step(loss: torch.Tensor) -> None:
-        hidden.grad = weight.grad = None
         loss.backward()
+        hidden.grad = weight.grad = None
 
     def full_logits(trl: Any = None) -> None:
         logits = hidden @ weight.T
@@ -96,9 +97,9 @@ def compare(positions: int, hidden_size: int, runs: int) -> None:
 
     cases: dict[str, Callable[[], Any]] = {
         "full logits, cross-entropy only": full_logits,
-        "TRL ULD by position": lambda trl=trl_loss(False, False): full_logits(trl),
-        "TRL ULD extended (aligned)": lambda trl=trl_loss(True, False): full_logits(trl),
-        "TRL ULD extended, hybrid": lambda trl=trl_loss(True, True): full_logits(trl),
+        "TRL ULD by position": partial(full_logits, trl_loss(False, False)),
+        "TRL ULD extended (aligned)": partial(full_logits, trl_loss(True, False)),
+        "TRL ULD extended, hybrid": partial(full_logits, trl_loss(True, True)),
         "fused head, cross-entropy only": lambda: fused(False),
         "rayfuse ULD by position": lambda: fused(True, False),
         "rayfuse ULD aligned": lambda: fused(True),

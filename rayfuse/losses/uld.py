@@ -22,8 +22,8 @@ def uld_loss(
     """Mean over positions of the L1 distance between rank i of the student and rank i of the teacher.
 
     student, teacher: [N, K] logits (teacher log-probabilities serve as well: neither form depends on a constant added
-    to a row). Each side is sorted descending here, and the teacher is detached. `space="probs"` compares softmax over
-    the K values instead of the values; `standardized` z-scores what is compared. Returns a float32 scalar; no positions
+    to a row). Each side is sorted descending here, and the teacher is detached. `standardized` z-scores the K values of a
+    row; `space="probs"` compares the softmax of them instead of the values. Returns a float32 scalar; no positions
     give a zero that still has a graph. O(N K log K).
 
     With `space="probs"` and `standardized=False` the two sides may differ in width: the narrower is filled with zeros
@@ -39,9 +39,9 @@ def uld_loss(
     ranks = []
     for values in (student, teacher):
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
-        wide = wide.softmax(dim=-1) if space == "probs" else wide
         wide = wide.sort(dim=-1, descending=True).values
-        ranks.append(standardize(wide) if standardized else wide)
+        wide = standardize(wide) if standardized else wide
+        ranks.append(wide.softmax(dim=-1) if space == "probs" else wide)
     student_NK, teacher_NK = ranks
     missing = teacher_NK.shape[1] - student_NK.shape[1]
     if missing:
