@@ -82,7 +82,7 @@ def compare(positions: int, hidden_size: int, runs: int) -> None:
         loss = F.cross_entropy(logits, labels)
         if trl is not None:
             arguments = (logits[None], teacher_logits[None], labels[None], teacher_ids, labels[None], teacher_ids)
-            loss = loss + trl(*arguments, student_offsets[None], [teacher_offsets])
+            loss = loss + trl(*arguments, student_offsets[None], teacher_offsets[None])
         step(loss)
 
     def fused(distil: bool, aligned: bool = True) -> None:

@@ -60,8 +60,8 @@ def fused_head(
     loss on `topk` holds the kept ids fixed, as that of torch.topk does. A weight shared with the embedding works like
     any other use of a parameter.
 
-    Time: 6 N V H multiply-adds for values and gradients (2 N V H where no gradient is asked for), k/V of that more
-    for the top-K. Memory beyond inputs and outputs: `chunk * V * 4` bytes of logits (times 2 with softcap, plus
+    Time: 3 N V H multiply-adds for values and gradients (N V H where no gradient is asked for), 2 N k H more for the
+    top-K's gradient. Memory beyond inputs and outputs: `chunk * V * 4` bytes of logits (times 2 with softcap, plus
     `chunk * V * 2` below float32), `V * H * 4` for the weight's gradient and `N * H * 4` for the hidden states'
     (below float32, `V * H * 2` more while a chunk's weight gradient is added), and 64 MiB for gathered rows. `chunk`
     defaults to as many positions as make 64 MiB of logits. Gradients are summed in float32 (float64 for float64

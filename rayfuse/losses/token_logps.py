@@ -37,7 +37,7 @@ def token_logps(
 ) -> torch.Tensor:
     """Log-probability [N] of each label under the head, float32, 0 where the label is `ignore_index`; differentiable.
 
-    Arguments, chunks and gradient precision are those of fused_head. Time: 2 N V H multiply-adds forward, 6 N V H in
+    Arguments, chunks and gradient precision are those of fused_head. Time: N V H multiply-adds forward, 3 N V H in
     backward. Memory: a chunk's logits, and in backward `V * H * 4` bytes for the weight's gradient and `N * H * 4` for
     the hidden states'. Backward may run any number of times. Raises LossError where fused_head does.
 

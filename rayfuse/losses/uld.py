@@ -21,10 +21,10 @@ def uld_loss(
 ) -> torch.Tensor:
     """Mean over positions of the L1 distance between rank i of the student and rank i of the teacher.
 
-    student, teacher: [N, K] logits (teacher log-probabilities serve as well: neither form depends on a constant added
-    to a row). Each side is sorted descending here, and the teacher is detached. `standardized` z-scores the K values of a
-    row; `space="probs"` compares the softmax of them instead of the values. Returns a float32 scalar; no positions
-    give a zero that still has a graph. O(N K log K).
+    student, teacher: [N, K] logits. Each side is sorted descending here, and the teacher is detached. `standardized`
+    z-scores the K values of a row; `space="probs"` compares the softmax of them instead of the values. With either, a
+    constant added to a row changes nothing, so that a teacher's log-probabilities serve as well as its logits.
+    Returns a float32 scalar; no positions give a zero that still has a graph. O(N K log K).
 
     With `space="probs"` and `standardized=False` the two sides may differ in width: the narrower is filled with zeros
     after sorting. On whole vocabularies that is the original ULD loss (Boizard et al. 2024, arXiv 2402.12030, eq. 2).
