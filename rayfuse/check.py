@@ -5,19 +5,20 @@ Each check is a function that yields what it found; a fault says what is wrong, 
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from rayfuse.alignment import align, byte_ends
+from rayfuse.alignment import byte_ends
 from rayfuse.config import Config, Model
 from rayfuse.data import Sample, read_samples
-from rayfuse.errors import RayfuseError
+from rayfuse.errors import DataError, ModelError, RayfuseError
 from rayfuse.models import (
     WEIGHT_FILES,
     context_length,
@@ -29,8 +30,10 @@ from rayfuse.models import (
 from rayfuse.render import Renderer
 from rayfuse.store import SignalStore
 
-FIRST_ROWS = 50
-"""Rows of the data that are read, rendered and aligned by a check."""
+FIRST_ROWS = 10_000
+"""Rows of the data that a check reads."""
+FIRST_SAMPLES = 50
+"""Samples of them that every model renders."""
 PROBE = "The answer is 12345.\n\nNaïve 世界 🙂"
 
 
@@ -117,12 +120,14 @@ def _disk_need(config: Config, index: int) -> float:
 def check_store(config: Config) -> Iterator[Finding]:
     """The signal store can be written and read."""
     if config.teachers:
-        local = "://" not in config.store_url
-        existed = local and Path(config.store_url).exists()
-        SignalStore(config.store_url).check()
-        if local and not existed:  # a check leaves nothing behind
-            for folder in (Path(config.store_url), Path(config.output)):
-                if folder.is_dir() and not any(folder.iterdir()):
+        store = SignalStore(config.store_url)
+        root = Path(store.root)
+        made = [path for path in (root, *root.parents) if not path.exists()] if store.local else []
+        try:
+            store.check()
+        finally:
+            for folder in made:  # a check leaves nothing behind
+                with suppress(OSError):
                     folder.rmdir()
     yield from ()
 
@@ -148,6 +153,9 @@ def _check_model(where: str, model: Model, config: Config) -> Iterator[Finding]:
         if not model.gguf_file and not any(folder.glob(WEIGHT_FILES)):
             found = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
             yield Finding(where, f"{folder} has no {WEIGHT_FILES} (it has: {found}); pickled weights are refused")
+    if model.tokenizer and Path(model.tokenizer).is_absolute() and not Path(model.tokenizer).is_dir():
+        yield Finding(where, f"the tokenizer's folder {model.tokenizer} does not exist")
+        return
     tokenizer = load_tokenizer(model)
     model_config = load_model_config(model)
     if not is_causal_lm(model_config):
@@ -159,8 +167,8 @@ def _check_model(where: str, model: Model, config: Config) -> Iterator[Finding]:
             where,
             f"the tokenizer has {vocabulary} tokens but the model predicts only {rows}: they do not belong together",
         )
-    if where != "student" and config.signals.k > vocabulary:
-        yield Finding(where, f"signals.k is {config.signals.k}, but this teacher has only {vocabulary} tokens")
+    if config.teachers and config.signals.k > vocabulary:
+        yield Finding(where, f"signals.k is {config.signals.k}, but this model has only {vocabulary} tokens")
     renderer = Renderer(tokenizer)
     if renderer.plain:
         yield Finding(where, "has no chat template; prompts are rendered as plain text", fault=False)
@@ -171,36 +179,39 @@ def _check_model(where: str, model: Model, config: Config) -> Iterator[Finding]:
 
 
 def check_data(config: Config) -> Iterator[Finding]:
-    """The first rows can be read, and every model renders and aligns them."""
+    """The rows can be read, and every model reads the first samples, as the run itself will."""
+    from rayfuse.units import measure
+
     samples, counts = read_samples(config.data, first=FIRST_ROWS)
+    skip = config.data.on_bad_row == "skip"
     if counts.bad_rows:
         yield Finding(
             "data", f"{counts.bad_rows} of the first {counts.rows} rows are malformed: {counts.first_bad}", fault=False
         )
-    student = Renderer(load_tokenizer(config.student))
-    rendered = []
-    too_long = 0
-    for sample in samples:
-        item = student.render(sample)
-        rendered.append(item)
-        too_long += len(item.response_ids) >= config.data.max_length or (
-            item.length > config.data.max_length and config.data.too_long == "drop"
-        )
-    if too_long == len(samples):
+    samples = samples[:FIRST_SAMPLES]
+    try:
+        sizes = measure(config.student, config.teachers, samples)
+    except ModelError:  # check_models says so
+        return
+    faults = [f"{_short(sample)}: {size.fault}" for sample, size in zip(samples, sizes, strict=True) if size.fault]
+    if faults:
         yield Finding(
-            "data.max_length", f"all of the first {len(samples)} samples are longer than {config.data.max_length}"
+            "data",
+            f"{len(faults)} of the first {len(samples)} samples cannot be read by every model, the first: {faults[0]}",
+            fault=not skip or len(faults) == len(samples),
         )
-    elif too_long:
-        yield Finding("data.max_length", f"{too_long} of the first {len(samples)} samples are too long", fault=False)
-    for index, teacher in enumerate(config.teachers):
-        where = f"teachers.{index} ({teacher.name})"
-        try:
-            renderer = Renderer(load_tokenizer(teacher))
-            context = context_length(load_model_config(teacher))
-            for sample, item in zip(samples, rendered, strict=True):
-                align(item.ends, renderer.render(sample, context).ends)
-        except RayfuseError as error:
-            yield Finding(where, f"{_short(sample)}: {error}")
+    limit = config.data.max_length
+    sizes = [size for size in sizes if not size.fault]
+    long = [size for size in sizes if size.response >= limit or (size.total > limit and config.data.too_long == "drop")]
+    if long:
+        every = len(long) == len(sizes)
+        advice = "; raise it, or set data.too_long: cut" if every and config.data.too_long == "drop" else ""
+        yield Finding(
+            "data.max_length",
+            f"{'all' if every else len(long)} of the first {len(sizes)} samples are longer than {limit} student tokens"
+            f" (the longest has {max(size.total for size in long)}){advice}",
+            fault=every,
+        )
 
 
 def _short(sample: Sample) -> str:
@@ -208,32 +219,43 @@ def _short(sample: Sample) -> str:
 
 
 def check_evaluation(config: Config) -> Iterator[Finding]:
-    """The held-out items can be read and do not stand in the training data."""
+    """The held-out items can be read by every model that is evaluated, and do not stand in the training data."""
     if config.evaluate is None:
         return
     from rayfuse.evaluate import read_items
+    from rayfuse.units import measure
 
-    keys = {sample.key for sample in read_items(config.evaluate)}
-    first, _ = read_samples(config.data, first=10_000)
-    shared = sum(sample.key in keys for sample in first)
-    if shared:
-        yield Finding(
-            "evaluate.path",
-            f"{shared} of the first {len(first)} training samples are also evaluation items",
-            fault=False,
-        )
+    items = read_items(config.evaluate)
+    first = items[:FIRST_SAMPLES]
+    with suppress(ModelError):  # check_models says so
+        sizes = measure(config.student, config.teachers if config.evaluate.teachers else (), first)
+        faults = [f"{_short(item)}: {size.fault}" for item, size in zip(first, sizes, strict=True) if size.fault]
+        if faults:
+            yield Finding("evaluate.path", f"a model cannot read an item: {faults[0]}")
+    keys = {item.key for item in items}
+    with suppress(DataError):  # check_data says so
+        samples, _ = read_samples(config.data.model_copy(update={"on_bad_row": "skip"}), first=FIRST_ROWS)
+        shared = sum(sample.key in keys for sample in samples)
+        if shared:
+            yield Finding(
+                "evaluate.path",
+                f"{shared} of the first {len(samples)} training samples are also evaluation items",
+                fault=False,
+            )
 
 
 def check_machine(config: Config) -> Iterator[Finding]:
     """The GPUs that an embedded run asks for are there."""
     import torch
 
-    if config.cluster.address not in (None, "local"):
+    if (config.cluster.address or os.environ.get("RAY_ADDRESS") or "local") != "local":
         return
-    wanted: list[tuple[str, Any]] = [("student.gpus", config.student.gpus * config.student.workers)]
-    wanted += [(f"teachers.{i}.gpus", teacher.gpus) for i, teacher in enumerate(config.teachers)]
+    wanted = {"student.gpus": config.student.gpus * config.student.workers}
+    wanted |= {f"teachers.{i}.gpus": teacher.gpus for i, teacher in enumerate(config.teachers)}
+    if len(wanted) > 1:
+        wanted["student.gpus, teachers.N.gpus"] = sum(wanted.values())  # all are held at the same time
     there = torch.cuda.device_count()
-    for where, gpus in wanted:
+    for where, gpus in wanted.items():
         if gpus > there:
             yield Finding(
                 where, f"{gpus:g} GPUs are asked for, but this machine has {there}; lower it, or use a cluster"

@@ -40,9 +40,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, and unknown keys are errors."""
+    """Base of every section: frozen; unknown keys and numbers that are not finite are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -212,8 +212,10 @@ def _stage_tag(value: Any) -> str:
 
 def _as_stage(value: Any) -> Any:
     value = _named(value, "method")
-    method = _stage_tag(value)
-    if method not in STAGES:
+    if isinstance(value, dict) and "method" not in value:
+        raise ValueError(f"method is missing; there are: {', '.join(STAGES)}")
+    if _stage_tag(value) not in STAGES:
+        method = value["method"] if isinstance(value, dict) else value
         raise ValueError(f"unknown method {method!r}; there are: {', '.join(STAGES)}")
     return value
 
@@ -238,6 +240,13 @@ class Config(Section):
     cluster: Cluster = Cluster()
     seed: int = Field(0, ge=0, description="order of the units; with config, data and world size it fixes the result")
 
+    @field_validator("output")
+    @classmethod
+    def _output_is_a_folder(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(f"must be a folder, and {value!r} is a URL; only signals.store may be one")
+        return value
+
     @field_validator("teachers", mode="before")
     @classmethod
     def _name_teachers(cls, value: Any) -> Any:
@@ -255,7 +264,7 @@ class Config(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two teachers are called {name!r}; give each its own `name`")
-            if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            if not re.fullmatch(r"[A-Za-z0-9._-]+", str(name)):
                 raise ValueError(f"teacher name {name!r}: use letters, digits, dot, dash and underscore only")
         return named
 
@@ -367,7 +376,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
+            if not part.isdecimal() or int(part) >= len(node):
                 raise ConfigError(
                     f"override {override!r}: {part!r} is not one of the list's entries 0..{len(node) - 1}"
                 )

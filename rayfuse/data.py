@@ -1,19 +1,15 @@
-"""Data: rows of a file or hub data set -> samples -> units.
+"""Data: rows of a file or hub data set -> samples.
 
 A sample is one assistant turn: the messages before it and the response text. Every model renders the messages with its
 own chat template; what all models share is the response, as UTF-8 bytes. A conversation with several assistant turns
 becomes several samples, each with exactly the prompt that the model would see when it is asked for that turn.
-
-A unit is a handful of samples of similar length: what one prepare task makes, one teacher call scores and one student
-micro-step consumes. Its content depends on the data alone; epochs and seeds only shuffle the order of the units.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +21,6 @@ from rayfuse.config import Data
 from rayfuse.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
-LENGTH_WINDOW = 4096
-"""Samples among which units of similar length are formed: large enough for little padding, small enough to mix."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +49,25 @@ class Sample:
 
 @dataclass(frozen=True)
 class DataCounts:
-    """What became of the rows; shown in the report and the model card."""
+    """What became of the rows; shown in the report and the model card.
+
+    Attributes:
+        rows: rows read.
+        bad_rows: malformed rows left out, and `first_bad` the first of them.
+        samples: samples that the run uses.
+        too_long: samples dropped for their length.
+        unreadable: samples dropped because a model cannot read them exactly, and `first_unreadable` the first of them.
+        cut: samples whose prompt is cut from the left.
+    """
 
     rows: int = 0
     bad_rows: int = 0
     samples: int = 0
     too_long: int = 0
+    unreadable: int = 0
     cut: int = 0
     first_bad: str = ""
+    first_unreadable: str = ""
 
 
 # --- rows -> samples ------------------------------
@@ -142,9 +147,9 @@ def _read_json_lines(path: str, limit: int | None) -> Iterator[tuple[str, Mappin
                 count += 1
                 try:
                     yield f"{path}:{number}", json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield f"{path}:{number}", DataError(f"not valid JSON in UTF-8 ({error})")
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, ValueError) as error:  # ValueError: a URL of an unknown kind
         raise DataError(f"cannot read the data set {path}: {error}") from error
 
 
@@ -159,6 +164,7 @@ def samples_of_row(row: Any) -> list[Sample]:
     skill = row.get("skill") or ""
     if not isinstance(skill, str):
         raise DataError(f"'skill' must be text, not {type(skill).__name__}")
+    _encodable(skill, "'skill'")
     if row.get("messages") is not None:
         messages = _messages(row["messages"], "messages")
         turns = [index for index, (role, _) in enumerate(messages) if role == "assistant"]
@@ -205,30 +211,3 @@ def _encodable(text: str, name: str) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"{name} is not valid Unicode (half a surrogate pair at character {error.start})") from None
     return text
-
-
-# --- samples -> units ------------------------------
-
-
-def make_units(samples: Sequence[Sample], lengths: Sequence[int], unit_size: int) -> list[list[int]]:
-    """Cut the samples into units of `unit_size` (the last may be smaller): lists of indices into `samples`.
-
-    Samples stand in the order of their content's hash, are sorted by length inside windows of LENGTH_WINDOW, and cut.
-    So a unit pads little, and which samples share a unit depends on nothing but the data.
-    """
-    order = sorted(range(len(samples)), key=lambda i: (samples[i].key, i))
-    units: list[list[int]] = []
-    for start in range(0, len(order), LENGTH_WINDOW):
-        window = sorted(order[start : start + LENGTH_WINDOW], key=lambda i: (lengths[i], samples[i].key, i))
-        units += [window[i : i + unit_size] for i in range(0, len(window), unit_size)]
-    return units
-
-
-def unit_order(units: int, total: int, seed: int) -> list[int]:
-    """The units of `total` micro-steps: whole epochs, each shuffled by seed and epoch, cut at `total`."""
-    order: list[int] = []
-    for epoch in range(-(-total // units)):
-        shuffled = list(range(units))
-        random.Random(f"{seed}/{epoch}").shuffle(shuffled)
-        order += shuffled
-    return order[:total]

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,18 @@ from rich.console import Console
 from rayfuse import resources
 from rayfuse.card import write_card
 from rayfuse.config import Config, Model, Teacher, config_json
-from rayfuse.data import DataCounts, Sample, make_units, read_samples
-from rayfuse.errors import CheckpointError, DataError
+from rayfuse.data import Sample
+from rayfuse.errors import CheckpointError
 from rayfuse.evaluate import evaluate_model, read_items
 from rayfuse.metrics import LiveLine
-from rayfuse.models import fingerprint, load_tokenizer
+from rayfuse.models import fingerprint
 from rayfuse.prepare import PrepareSpec
-from rayfuse.render import Renderer
 from rayfuse.report import write_report
 from rayfuse.stages import METHODS, ranks
 from rayfuse.student.group import train_group
 from rayfuse.student.worker import BLOCK, StageJob
 from rayfuse.teachers import deployment
-
-LENGTH_CHUNK = 2000
-"""Samples measured by one task."""
+from rayfuse.units import load_units
 
 
 def fuse(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
@@ -58,40 +55,39 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
     """
     console = console or Console()
     config = config.absolute()
-    times: dict[str, float] = {}
     _open_run_folder(config, resume)
-    with _timed(times, "start Ray"):
+    timed = Stopwatch(Path(config.output) / "times.json")
+    with timed("start Ray"):
         resources.connect(config)
-    with _timed(times, "read data"):
-        samples, units, counts = load_units(config)
+    with timed("read data"):
+        units, counts = load_units(config)
         console.print(
             f"{counts.rows:,} rows, {counts.samples:,} samples in {len(units):,} units"
             + (f"; {counts.bad_rows} malformed rows skipped" if counts.bad_rows else "")
             + (f"; {counts.too_long} too long, dropped" if counts.too_long else "")
+            + (f"; {counts.unreadable} unreadable for a model, dropped" if counts.unreadable else "")
             + (f"; {counts.cut} prompts cut" if counts.cut else "")
         )
-    with _timed(times, "identify teachers"):
+    with timed("identify teachers"):
         fingerprints = _fingerprints(config)
 
-    blocks = [
-        ray.put([[samples[i] for i in unit] for unit in units[b : b + BLOCK]]) for b in range(0, len(units), BLOCK)
-    ]
+    blocks = [ray.put(units[start : start + BLOCK]) for start in range(0, len(units), BLOCK)]
     for index in range(len(config.stages)):
         name = config.stage_folder(index).name
         if (config.stage_folder(index) / "model").exists():
             console.print(f"{name} is done already")
             continue
-        with _timed(times, name):
-            job = _stage_job(config, index, fingerprints, blocks, units, samples)
+        with timed(name):
+            job = _stage_job(config, index, fingerprints, units, blocks)
             if job.spec.teachers:
                 deployment.deploy(job.spec.teachers, config.signals.k)
             with LiveLine(Path(config.output) / "metrics.jsonl", console):
                 train_group(job)
-    results: dict[str, Any] = {"data": asdict(counts), "models": [], "times": times}
+    results: dict[str, Any] = {"data": asdict(counts), "models": [], "times": timed.seconds}
     if config.evaluate is not None:
-        with _timed(times, "evaluate"):
+        with timed("evaluate"):
             results["models"] = evaluate_all(config)
-    return _finish(config, results, len(fingerprints))
+    return _finish(config, results)
 
 
 def _open_run_folder(config: Config, resume: bool) -> None:
@@ -116,41 +112,6 @@ def _open_run_folder(config: Config, resume: bool) -> None:
     there.write_text(text, encoding="utf-8")
 
 
-def load_units(config: Config) -> tuple[list[Sample], list[list[int]], DataCounts]:
-    """Read the data, measure every sample with the student's tokenizer (in parallel tasks), and form the units.
-
-    Raises:
-        DataError: the data cannot be read, or nothing is left.
-    """
-    samples, counts = read_samples(config.data)
-    chunks = [samples[i : i + LENGTH_CHUNK] for i in range(0, len(samples), LENGTH_CHUNK)]
-    if len(chunks) == 1:
-        measured = [measure(config.student, chunks[0], config.data.max_length)]
-    else:
-        task = ray.remote(measure).options(**resources.prepare_task())
-        measured = ray.get([task.remote(config.student, chunk, config.data.max_length) for chunk in chunks])
-    lengths = [length for chunk in measured for length in chunk]
-    limit = config.data.max_length
-    fits = [length[1] < limit and (length[0] <= limit or config.data.too_long == "cut") for length in lengths]
-    kept = [sample for sample, fit in zip(samples, fits, strict=True) if fit]
-    sizes = [min(length[0], limit) for length, fit in zip(lengths, fits, strict=True) if fit]
-    if not kept:
-        raise DataError(
-            f"all {len(samples)} samples of {config.data.path} are longer than data.max_length {limit}; raise it, or "
-            "set data.too_long: cut"
-        )
-    cut = sum(length[0] > limit for length, fit in zip(lengths, fits, strict=True) if fit)
-    counts = replace(counts, samples=len(kept), too_long=len(samples) - len(kept), cut=cut)
-    return kept, make_units(kept, sizes, config.data.unit_size), counts
-
-
-def measure(student: Model, samples: Sequence[Sample], max_length: int) -> list[tuple[int, int]]:
-    """(all tokens, tokens of the response with end-of-turn) of each sample under the student's tokenizer."""
-    renderer = Renderer(load_tokenizer(student))
-    rendered = [renderer.render(sample) for sample in samples]
-    return [(item.length, len(item.response_ids)) for item in rendered]
-
-
 def _fingerprints(config: Config) -> dict[str, str]:
     used = any(METHODS[stage.method].uses_teachers for stage in config.stages)
     if not used:
@@ -164,9 +125,8 @@ def _stage_job(
     config: Config,
     index: int,
     fingerprints: dict[str, str],
+    units: Sequence[Sequence[Sample]],
     blocks: Sequence[Any],
-    units: Sequence[Sequence[int]],
-    samples: Sequence[Sample],
 ) -> StageJob:
     stage = config.stages[index]
     teachers = config.teachers if METHODS[stage.method].uses_teachers else ()
@@ -181,7 +141,7 @@ def _stage_job(
     )
     content = hashlib.sha256()
     for unit in units:
-        content.update(json.dumps([samples[i].key for i in unit]).encode())
+        content.update(json.dumps([sample.key for sample in unit]).encode())
     identity = {
         "stage": stage.model_dump(mode="json", exclude={"save_every", "keep"}),
         "student": config.student.model_dump(mode="json", exclude={"prefetch", "max_failures", "cpus"}),
@@ -226,7 +186,7 @@ def evaluate_all(config: Config) -> list[dict[str, Any]]:
     return done
 
 
-def _finish(config: Config, results: dict[str, Any], teachers: int) -> Path:
+def _finish(config: Config, results: dict[str, Any]) -> Path:
     """The fused model's folder with its card, results.json and the report."""
     output = Path(config.output)
     half = output / ".model.half"
@@ -240,8 +200,19 @@ def _finish(config: Config, results: dict[str, Any], teachers: int) -> Path:
     return output / "model"
 
 
-@contextmanager
-def _timed(times: dict[str, float], name: str) -> Iterator[None]:
-    begun = time.monotonic()
-    yield
-    times[name] = round(time.monotonic() - begun, 2)
+class Stopwatch:
+    """Seconds of each part of a run, kept in `times.json`, so that those of a resumed run add up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Measure what runs inside."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - begun, 2)
+            self.path.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")

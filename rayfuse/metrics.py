@@ -70,7 +70,8 @@ class LiveLine:
         self.done = threading.Event()
         self.offset = path.stat().st_size if path.exists() else 0
         self.begun: tuple[int, float] | None = None
-        self.shown = 0.0
+        self.shown_step = 0
+        self.shown_at = 0.0
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> LiveLine:
@@ -98,7 +99,7 @@ class LiveLine:
 
     def _show(self, *, final: bool = False) -> None:
         record = self._newest()
-        if record is None:
+        if record is None or record["step"] == self.shown_step:
             return
         now = time.monotonic()
         if self.begun is None:
@@ -107,9 +108,10 @@ class LiveLine:
         left = (now - self.begun[1]) / steps * (record["steps"] - record["step"]) if steps > 0 else None
         line = line_of(record, left)
         if self.console.is_terminal:
+            self.shown_step = record["step"]
             text = Text(line, no_wrap=True, overflow="ellipsis")
             text.truncate(self.console.width - 1, pad=True)
             self.console.print(text, end="\r")
-        elif final or now - self.shown >= PLAIN_EVERY_S:
-            self.shown = now
+        elif final or now - self.shown_at >= PLAIN_EVERY_S:
+            self.shown_step, self.shown_at = record["step"], now
             self.console.print(line, highlight=False, soft_wrap=True)

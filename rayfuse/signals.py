@@ -141,9 +141,9 @@ def decode(blob: bytes, metadata: Mapping[str, Any]) -> TopKSignals:
     """
     try:
         length = int.from_bytes(blob[:8], "little")
-        header = json.loads(blob[8 : 8 + length])["__metadata__"]
+        header = dict(json.loads(blob[8 : 8 + length])["__metadata__"])
         arrays = load(blob)
-    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
         raise SignalError(f"not a readable signals object: {type(error).__name__}: {error}") from error
     if header.get("format") != FORMAT or set(arrays) != set(_DTYPES):
         raise SignalError(f"not a {FORMAT} object (format {header.get('format')!r}, arrays {sorted(arrays)})")

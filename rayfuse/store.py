@@ -30,12 +30,13 @@ class SignalStore:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
+        self.url = url
         self.damaged = 0
         try:
-            self.fs, self.root = url_to_fs(self.url)
+            self.fs, root = url_to_fs(url)
         except (ImportError, ValueError, OSError) as error:
             raise StoreError(f"the signal store {url} cannot be opened: {error}") from error
+        self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def path(self, fingerprint: str, key: str) -> str:

@@ -22,12 +22,12 @@ import torch
 from rayfuse import resources
 from rayfuse.batch import FusionBatch
 from rayfuse.config import Config, Stage
-from rayfuse.data import unit_order
 from rayfuse.metrics import MetricsWriter
 from rayfuse.prepare import PrepareSpec, prepare_unit
 from rayfuse.stages import METHODS, ranks
 from rayfuse.student.checkpoint import latest_checkpoint, restore_random_state, save_checkpoint
 from rayfuse.student.engine import TorchEngine
+from rayfuse.units import unit_order
 
 BLOCK = 64
 """Units that travel as one object."""

@@ -1,0 +1,127 @@
+"""Units: handfuls of samples of similar length, the atoms of work.
+
+A unit is what one prepare task makes, one teacher call scores and one student micro-step consumes. What a unit holds
+depends on the data and the models alone; epochs and seeds only shuffle the order of the units.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import ray
+
+from rayfuse import resources
+from rayfuse.config import Config, Model
+from rayfuse.data import DataCounts, Sample, read_samples
+from rayfuse.errors import AlignmentError, DataError
+from rayfuse.models import context_length, load_model_config, load_tokenizer
+from rayfuse.render import Renderer
+
+LENGTH_WINDOW = 4096
+"""Samples among which units of similar length are formed: large enough for little padding, small enough to mix."""
+LENGTH_CHUNK = 2000
+"""Samples measured by one task."""
+
+
+def load_units(config: Config) -> tuple[list[list[Sample]], DataCounts]:
+    """Read the data, let every model read every sample (in parallel tasks), and form the units of what is left.
+
+    Raises:
+        DataError: the data cannot be read; a model cannot read a sample and `on_bad_row` is "error"; nothing is left.
+    """
+    samples, counts = read_samples(config.data)
+    chunks = [samples[i : i + LENGTH_CHUNK] for i in range(0, len(samples), LENGTH_CHUNK)]
+    task = ray.remote(measure).options(**resources.prepare_task())
+    waiting = [task.remote(config.student, config.teachers, chunk) for chunk in chunks[1:]]
+    first = measure(config.student, config.teachers, chunks[0])
+    sizes = [size for chunk in [first, *ray.get(waiting)] for size in chunk]
+
+    limit = config.data.max_length
+    kept: list[int] = []
+    too_long = cut = 0
+    unreadable: list[str] = []
+    for index, size in enumerate(sizes):
+        if size.fault:
+            unreadable.append(f"sample {samples[index].key[:12]} ({samples[index].response!r:.60}): {size.fault}")
+        elif size.response >= limit or (size.total > limit and config.data.too_long == "drop"):
+            too_long += 1
+        else:
+            kept.append(index)
+            cut += size.total > limit
+    if unreadable and config.data.on_bad_row == "error":
+        raise DataError(f"{unreadable[0]}. Correct the row, or set data.on_bad_row: skip to leave such samples out")
+    if not kept:
+        raise DataError(
+            f"of {len(samples)} samples of {config.data.path} none is left: {too_long} are longer than data.max_length "
+            f"{limit} (raise it, or set data.too_long: cut), {len(unreadable)} cannot be read by every model"
+        )
+    counts = replace(
+        counts,
+        samples=len(kept),
+        too_long=too_long,
+        cut=cut,
+        unreadable=len(unreadable),
+        first_unreadable=unreadable[0] if unreadable else "",
+    )
+    kept_samples = [samples[index] for index in kept]
+    lengths = [min(sizes[index].total, limit) for index in kept]
+    units = make_units(kept_samples, lengths, config.data.unit_size)
+    return [[kept_samples[index] for index in unit] for unit in units], counts
+
+
+class Size(NamedTuple):
+    """A sample as the models read it.
+
+    Attributes:
+        total: student tokens of prompt, response and end-of-turn.
+        response: student tokens of response and end-of-turn.
+        fault: why a model cannot read it exactly; empty where all can.
+    """
+
+    total: int
+    response: int
+    fault: str = ""
+
+
+def measure(student: Model, teachers: Sequence[Model], samples: Sequence[Sample]) -> list[Size]:
+    """The size of each sample under the student, and whether every teacher can read it."""
+    renderer = Renderer(load_tokenizer(student))
+    readers = [(Renderer(load_tokenizer(teacher)), context_length(load_model_config(teacher))) for teacher in teachers]
+    return [_size(renderer, readers, sample) for sample in samples]
+
+
+def _size(student: Renderer, teachers: Sequence[tuple[Renderer, int | None]], sample: Sample) -> Size:
+    try:
+        rendered = student.render(sample)
+        for teacher, context in teachers:
+            teacher.render(sample, context)
+    except (DataError, AlignmentError) as error:
+        return Size(0, 0, str(error))
+    return Size(rendered.length, len(rendered.response_ids))
+
+
+def make_units(samples: Sequence[Sample], lengths: Sequence[int], unit_size: int) -> list[list[int]]:
+    """Cut the samples into units of `unit_size` (the last may be smaller): lists of indices into `samples`.
+
+    Samples stand in the order of their content's hash, are sorted by length inside windows of LENGTH_WINDOW, and cut.
+    So a unit pads little, and which samples share a unit depends on nothing but the data.
+    """
+    order = sorted(range(len(samples)), key=lambda i: (samples[i].key, i))
+    units: list[list[int]] = []
+    for start in range(0, len(order), LENGTH_WINDOW):
+        window = sorted(order[start : start + LENGTH_WINDOW], key=lambda i: (lengths[i], samples[i].key, i))
+        units += [window[i : i + unit_size] for i in range(0, len(window), unit_size)]
+    return units
+
+
+def unit_order(units: int, total: int, seed: int) -> list[int]:
+    """The units of `total` micro-steps: whole epochs, each shuffled by seed and epoch, cut at `total`."""
+    order: list[int] = []
+    for epoch in range(-(-total // units)):
+        shuffled = list(range(units))
+        random.Random(f"{seed}/{epoch}").shuffle(shuffled)
+        order += shuffled
+    return order[:total]
