@@ -31,6 +31,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+smollm2: $(VENV)/.dev  ## a real model with a real tokenizer teaches a student with another one, on real text
+	$(BIN)/python jobs/smollm2_world.py runs/smollm2/world
+	rm -rf runs/smollm2/run
+	$(BIN)/python jobs/fuse.py jobs/smollm2.yaml
+
 bench: $(VENV)/.dev  ## the benchmarks that run on a CPU, one line per case
 	set -e; for f in jobs/bench/*.py; do echo "== $$f"; $(BIN)/python $$f; done
 

@@ -252,14 +252,12 @@ def check_machine(config: Config) -> Iterator[Finding]:
         return
     wanted = {"student.gpus": config.student.gpus * config.student.workers}
     wanted |= {f"teachers.{i}.gpus": teacher.gpus for i, teacher in enumerate(config.teachers)}
-    if len(wanted) > 1:
-        wanted["student.gpus, teachers.N.gpus"] = sum(wanted.values())  # all are held at the same time
     there = torch.cuda.device_count()
-    for where, gpus in wanted.items():
-        if gpus > there:
-            yield Finding(
-                where, f"{gpus:g} GPUs are asked for, but this machine has {there}; lower it, or use a cluster"
-            )
+    missing = {where: gpus for where, gpus in wanted.items() if gpus > there}
+    if not missing and sum(wanted.values()) > there:  # student and teachers work at the same time
+        missing = {"student.gpus, teachers.N.gpus": sum(wanted.values())}
+    for where, gpus in missing.items():
+        yield Finding(where, f"{gpus:g} GPUs are asked for, but this machine has {there}; lower it, or use a cluster")
 
 
 CHECKS: dict[str, Callable[[Config], Iterator[Finding]]] = {

@@ -108,5 +108,5 @@ class SignalStore:
             if self.fs.cat_file(path) != b"rayfuse":
                 raise OSError("what was written does not read back")
             self.fs.rm_file(path)
-        except OSError as error:
+        except Exception as error:  # remote file systems raise their own kinds, for example without credentials
             raise StoreError(f"the signal store {self.url} is not writable: {error}") from error

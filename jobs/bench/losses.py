@@ -89,8 +89,8 @@ def compare(positions: int, hidden_size: int, runs: int) -> None:
         out = fused_head(hidden, weight, labels, K)
         loss = out.loss_ce
         if distil and aligned:
-            pairs = align(ends[0][:-1], ends[1][:-1])  # rows 0..n-1, the positions that TRL gets as well
-            loss = loss + uld_loss(out.topk[pairs.student], teacher_topk[pairs.teacher])
+            pairs = align(*ends)  # the last pair predicts the end of turn, which TRL is not given either
+            loss = loss + uld_loss(out.topk[pairs.student[:-1]], teacher_topk[pairs.teacher[:-1]])
         elif distil:
             loss = loss + uld_loss(out.topk, teacher_topk)
         step(loss)
