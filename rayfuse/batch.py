@@ -16,12 +16,15 @@ class TeacherTarget:
         weight: w_s of the loss.
         rows: [P] int64, rows of the batch's N predicted positions.
         logps: [P, k] float16, sorted descending: the teacher's top log-probabilities there.
+        graph: [B, k] float32 or None: sorted node features of the teacher's logit graph of each sample, over all rows
+            of the teacher (InfiGFusion needs no alignment).
     """
 
     teacher: str
     weight: float
     rows: np.ndarray
     logps: np.ndarray
+    graph: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,31 @@ class FusionBatch:
     stats: dict[str, float] = field(default_factory=dict)
 
     @property
-    def counts(self) -> np.ndarray:
-        """float64 [1 + teachers]: predicted tokens, and aligned pairs per teacher: the losses' denominators."""
-        return np.array([len(self.labels), *(len(target.rows) for target in self.targets)], dtype=np.float64)
+    def counts(self) -> Counts:
+        """The losses' denominators."""
+        return Counts(len(self.labels), len(self.input_ids), tuple(len(target.rows) for target in self.targets))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Denominators of the losses: of one micro-batch, or summed over a global batch.
+
+    Attributes:
+        tokens: predicted positions.
+        samples: samples.
+        pairs: per teacher, positions aligned with it.
+    """
+
+    tokens: float
+    samples: float
+    pairs: tuple[float, ...] = ()
+
+    def as_array(self) -> np.ndarray:
+        """float64 [2 + teachers], for sums over micro-batches and workers."""
+        return np.array([self.tokens, self.samples, *self.pairs], dtype=np.float64)
+
+    @staticmethod
+    def of_array(values: np.ndarray) -> Counts:
+        """The inverse of `as_array`."""
+        tokens, samples, *pairs = values.tolist()
+        return Counts(tokens, samples, tuple(pairs))

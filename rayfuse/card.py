@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rayfuse.config import SFT, Config, InfiFusion, Stage
+from rayfuse.config import SFT, Config, Distillation, InfiFusion, InfiGFusion, Stage
 from rayfuse.results import ALL, BITS, best, caveat, columns, headline, label, score
 
 PATH_KEYS = frozenset({"model", "tokenizer", "trust_remote_code", "gguf_file", "path", "output", "store"})
@@ -110,18 +110,34 @@ def _epochs(number: float) -> str:
 
 
 def _infifusion_text(stage: InfiFusion, config: Config) -> str:
+    return (
+        f"`infifusion` (unified InfiFusion, [arXiv 2501.02795](https://arxiv.org/abs/2501.02795)): "
+        f"{_distillation_text(stage, config)}."
+    )
+
+
+def _infigfusion_text(stage: InfiGFusion, config: Config) -> str:
+    return (
+        f"`infigfusion` (InfiGFusion, [arXiv 2505.13893](https://arxiv.org/abs/2505.13893)): "
+        f"{_distillation_text(stage, config)}, plus {stage.alpha:g} x the closed-form distance between the graphs on "
+        "their logits."
+    )
+
+
+def _distillation_text(stage: Distillation, config: Config) -> str:
     kind = "z-scored " if stage.standardized else ""
     meet = "both tokenizers have read equally many bytes" if stage.alignment == "bytes" else "the position is the same"
     return (
-        f"`infifusion` (unified InfiFusion, [arXiv 2501.02795](https://arxiv.org/abs/2501.02795)): {1 - stage.lam:g} x "
-        f"cross-entropy + {stage.lam:g} x the {stage.over_teachers} over the teachers of the distance between the "
-        f"{kind}top-{stage.k or config.signals.k} {stage.space} of teacher and student, rank by rank, wherever {meet}."
+        f"{1 - stage.lam:g} x cross-entropy + {stage.lam:g} x the {stage.over_teachers} over the teachers of the "
+        f"distance between the {kind}top-{stage.k or config.signals.k} {stage.space} of teacher and student, rank by "
+        f"rank, wherever {meet}"
     )
 
 
 STAGE_TEXTS: dict[type[Stage], Callable[[Any, Config], str]] = {
     SFT: lambda stage, config: "`sft`: cross-entropy on the assistant's turns.",
     InfiFusion: _infifusion_text,
+    InfiGFusion: _infigfusion_text,
 }
 
 

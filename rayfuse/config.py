@@ -159,10 +159,9 @@ class SFT(Stage):
     method: Literal["sft"] = "sft"
 
 
-class InfiFusion(Stage):
-    """Unified InfiFusion (arXiv 2501.02795): cross-entropy plus the standardised top-K distance to every teacher."""
+class Distillation(Stage):
+    """What the stages that compare top-K logits share."""
 
-    method: Literal["infifusion"] = "infifusion"
     lam: float = Field(0.5, ge=0, le=1, description="weight of the distillation term; 1 - lam is that of the SFT term")
     k: int | None = Field(None, ge=2, description="ranks compared; default and upper limit: signals.k")
     standardized: bool = Field(True, description="z-score the K logits of each position (no temperature needed)")
@@ -173,7 +172,20 @@ class InfiFusion(Stage):
     over_teachers: Literal["sum", "mean"] = Field("sum", description="how the teachers' distances are added up")
 
 
-STAGES: dict[str, type[Stage]] = {"sft": SFT, "infifusion": InfiFusion}
+class InfiFusion(Distillation):
+    """Unified InfiFusion (arXiv 2501.02795): cross-entropy plus the standardised top-K distance to every teacher."""
+
+    method: Literal["infifusion"] = "infifusion"
+
+
+class InfiGFusion(Distillation):
+    """InfiGFusion (arXiv 2505.13893): InfiFusion plus the closed-form distance between graphs on the logits."""
+
+    method: Literal["infigfusion"] = "infigfusion"
+    alpha: float = Field(1.0, ge=0, description="weight of the graph distance beside the rank distance")
+
+
+STAGES: dict[str, type[Stage]] = {"sft": SFT, "infifusion": InfiFusion, "infigfusion": InfiGFusion}
 
 
 class Benchmark(Section):
@@ -221,7 +233,7 @@ def _as_stage(value: Any) -> Any:
 
 
 AnyStage = Annotated[
-    Annotated[SFT, Tag("sft")] | Annotated[InfiFusion, Tag("infifusion")],
+    Annotated[SFT, Tag("sft")] | Annotated[InfiFusion, Tag("infifusion")] | Annotated[InfiGFusion, Tag("infigfusion")],
     Discriminator(_stage_tag),
     BeforeValidator(_as_stage),
 ]
@@ -284,7 +296,7 @@ class Config(Section):
                     f"{where}: a step has {units} units (batch_size / unit_size), which {self.student.workers} "
                     "workers cannot share equally"
                 )
-            if isinstance(stage, InfiFusion):
+            if isinstance(stage, Distillation):
                 if not self.teachers:
                     raise ValueError(f"{where} needs at least one teacher")
                 if stage.k is not None and stage.k > self.signals.k:
@@ -325,6 +337,22 @@ class Config(Section):
         return Path(self.output) / "stages" / f"{index + 1:02d}-{self.stages[index].method}"
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Plain YAML in which a key that stands twice in a section is an error; YAML itself silently keeps the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a run's YAML file.
 
@@ -340,7 +368,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {path}: {error}") from error
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -369,7 +397,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not all(parts):
         raise ConfigError(f"override {override!r} is not of the form a.b=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
     node: Any = tree

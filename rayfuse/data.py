@@ -125,6 +125,8 @@ def read_rows(data: Data, limit: int | None = None) -> Iterator[tuple[str, Mappi
             table = datasets.load_dataset(suffix, data_files=data.path, split="train")
         elif Path(data.path).is_dir() and (Path(data.path) / "dataset_info.json").exists():
             table = datasets.load_from_disk(data.path)
+        elif (Path(data.path) / "dataset_dict.json").exists():
+            table = datasets.load_from_disk(data.path)[data.split]
         else:
             table = datasets.load_dataset(data.path, data.name, split=data.split, revision=data.revision)
     except Exception as error:

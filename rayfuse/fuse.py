@@ -138,6 +138,7 @@ def _stage_job(
         k=ranks(config, stage),
         alignment=getattr(stage, "alignment", "bytes"),
         max_length=config.data.max_length,
+        graphs=METHODS[stage.method].uses_graphs,
     )
     content = hashlib.sha256()
     for unit in units:

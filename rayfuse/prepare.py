@@ -47,6 +47,7 @@ class PrepareSpec:
         k: ranks that the batch carries per teacher position.
         alignment: "bytes" or "position".
         max_length: student tokens; longer prompts are cut from the left.
+        graphs: whether the batch carries the features of the teachers' logit graphs.
     """
 
     student: Model
@@ -55,6 +56,7 @@ class PrepareSpec:
     k: int
     alignment: str
     max_length: int
+    graphs: bool = False
 
 
 class Preparer:
@@ -142,7 +144,22 @@ class Preparer:
             rows.append(first_row + pairs.student)
             logps.append(answer.logps[pairs.teacher, : self.spec.k])
             first_row += len(item.response_ids)
-        return TeacherTarget(teacher.name, teacher.weight, np.concatenate(rows), np.concatenate(logps))
+        graph = graph_features([answer.logps[:, : self.spec.k] for answer in signals]) if self.spec.graphs else None
+        return TeacherTarget(teacher.name, teacher.weight, np.concatenate(rows), np.concatenate(logps), graph)
+
+
+def graph_features(logps: Sequence[np.ndarray]) -> np.ndarray:
+    """Teacher's side of InfiGFusion: sorted node features [B, k] float32 of B samples' logit graphs.
+
+    Args:
+        logps: per sample [L, k] top log-probabilities, over all of the teacher's rows.
+    """
+    import torch
+
+    from rayfuse.losses import gauge, gld_features
+
+    sample_N = torch.repeat_interleave(torch.tensor([len(rows) for rows in logps]))
+    return gld_features(gauge(torch.from_numpy(np.concatenate(logps))), sample_N, len(logps)).numpy()
 
 
 def _pack_batch(

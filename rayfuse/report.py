@@ -178,6 +178,13 @@ def _loss_section(stages: dict[str, list[Record]]) -> str:
             distances = [_curve(records, f"loss_uld/{name}", name, colors.get(name, SERIES[1])) for name in parts]
             panels.append(charts.curve_panel("sft part", "nats per token", [sft]))
             panels.append(charts.curve_panel("distance to each teacher", "sum over the top-K ranks", distances))
+            graphs = [
+                _curve(records, f"loss_gld/{name}", name, colors.get(name, SERIES[1]))
+                for name in parts
+                if f"loss_gld/{name}" in records[0]
+            ]
+            if graphs:
+                panels.append(charts.curve_panel("graph distance", "sum over the K nodes", graphs))
         elif "loss_sft" in records[0]:
             curve = _curve(records, "loss_sft", "sft", SERIES[0])
             panels = [charts.curve_panel("total = sft part", "nats per token", [curve])]

@@ -107,6 +107,15 @@ def test_config_is_frozen(minimal):
         config.teachers[0].replicas.max = 9
 
 
+def test_sections_may_be_shared_by_anchors(tmp_path):
+    path = tmp_path / "run.yaml"
+    shared = "stages: [&first {method: sft, steps: 9, keep: 1}, {<<: *first, method: infifusion, steps: 5}]"
+    path.write_text(MINIMAL.replace("stages: [infifusion]", shared))
+    first, second = load_config(path).stages
+    assert (first.method, first.steps, first.keep) == ("sft", 9, 1)
+    assert (second.method, second.steps, second.keep) == ("infifusion", 5, 1)
+
+
 # --- what is refused ------------------------------
 
 REFUSED = {
@@ -203,6 +212,8 @@ def test_all_faults_are_named_at_once():
     ("content", "message"),
     [
         (b"student: [a", "is not valid YAML"),
+        (b"seed: 1\nstages: [sft]\nseed: 2\n", "is not valid YAML: the key 'seed' stands twice\n.* line 3"),
+        (b"student: {model: a, model: b}", "is not valid YAML: the key 'model' stands twice"),
         (b"- student", "must hold keys and values .* not \\['student'\\]"),
         (b"", "must hold keys and values .* not None"),
         (b"\xff\xfe\x00", "cannot read the configuration"),
@@ -359,33 +370,26 @@ def test_every_shipped_run_loads(path, tmp_path):
     assert parse_config(json.loads(config_json(config))) == config
 
 
-def _sections(section=Config):
-    """Every section class that a configuration can hold."""
-    found = {section, *STAGES.values()} if section is Config else {section}
-    pending = [field.annotation for field in section.model_fields.values()]
-    while pending:
-        annotation = pending.pop()
-        pending += typing.get_args(annotation)
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            found |= _sections(annotation)
-    return found
+def _sections_in(annotation):
+    """The section classes that a type holds: itself, in a tuple, in a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return {annotation}
+    return {section for inner in typing.get_args(annotation) for section in _sections_in(inner)}
 
 
 def test_every_field_is_described_and_every_section_has_a_docstring():
-    sections = _sections()
-    assert {"Student", "Teacher", "Replicas", "Data", "Signals", "SFT", "InfiFusion", "Benchmark", "Cluster"} <= {
-        section.__name__ for section in sections
-    }
-    for section in sections:
+    pending, seen = [Config], set()
+    while pending:
+        section = pending.pop()
+        seen.add(section.__name__)
         assert section.__doc__, section
         for name, field in section.model_fields.items():
-            inner = [a for a in typing.get_args(field.annotation) or [field.annotation]]
-            is_section = any(isinstance(a, type) and issubclass(a, Section) for a in inner) or name in (
-                "teachers",
-                "stages",
-                "method",
-            )
-            assert field.description or is_section, f"{section.__name__}.{name} has no description"
+            inner = _sections_in(field.annotation)
+            pending += inner
+            # A field that holds a section is described by the section's docstring, and so is the name of a method.
+            assert field.description or inner or name == "method", f"{section.__name__}.{name} has no description"
+    assert seen >= {"Student", "Teacher", "Replicas", "Data", "Signals", "Benchmark", "Cluster"}
+    assert seen >= {section.__name__ for section in STAGES.values()}
 
 
 # --- command line ------------------------------

@@ -39,17 +39,9 @@ def head(tmp_path_factory):
     folder = Path(f"/tmp/rayfuse-{os.getpid()}")
     process = subprocess.Popen(
         [
-            RAY,
-            "start",
-            "--head",
-            "--block",
-            "--num-cpus=8",
-            f"--port={port}",
-            f"--dashboard-port={dashboard}",
-            f"--dashboard-agent-listen-port={agent}",
-            f"--ray-client-server-port={client}",
-            f"--temp-dir={folder}",
-            "--disable-usage-stats",
+            *(RAY, "start", "--head", "--block", "--num-cpus=8", "--disable-usage-stats"),
+            *(f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={folder}"),
+            *(f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"),
         ],
         env=environment,
         stdout=subprocess.DEVNULL,

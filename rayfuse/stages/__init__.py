@@ -11,17 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from rayfuse.batch import FusionBatch
+from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Config, Stage
 from rayfuse.losses import HeadOutput
 from rayfuse.stages.infifusion import infifusion_loss
+from rayfuse.stages.infigfusion import infigfusion_loss
 from rayfuse.stages.sft import sft_loss
 
 Parts = dict[str, torch.Tensor]
-Loss = Callable[[Any, HeadOutput, FusionBatch, np.ndarray], tuple[torch.Tensor, Parts]]
+Loss = Callable[[Any, HeadOutput, FusionBatch, Counts], tuple[torch.Tensor, Parts]]
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,18 @@ class Method:
     Attributes:
         loss: its loss on one micro-batch.
         uses_teachers: whether prepare tasks must bring the teachers' signals.
+        uses_graphs: whether they must bring the features of the teachers' logit graphs too.
     """
 
     loss: Loss
     uses_teachers: bool
+    uses_graphs: bool = False
 
 
 METHODS: dict[str, Method] = {
     "sft": Method(sft_loss, uses_teachers=False),
     "infifusion": Method(infifusion_loss, uses_teachers=True),
+    "infigfusion": Method(infigfusion_loss, uses_teachers=True, uses_graphs=True),
 }
 
 

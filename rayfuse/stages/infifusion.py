@@ -11,35 +11,35 @@ z-score nor a softmax over the K kept values sees.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from rayfuse.batch import FusionBatch
-from rayfuse.config import InfiFusion
+from rayfuse.batch import Counts, FusionBatch, TeacherTarget
+from rayfuse.config import Distillation
 from rayfuse.losses import HeadOutput, uld_loss
 from rayfuse.stages.sft import sft_loss
 
 
 def infifusion_loss(
-    stage: InfiFusion, head: HeadOutput, batch: FusionBatch, totals: np.ndarray
+    stage: Distillation, head: HeadOutput, batch: FusionBatch, totals: Counts
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """This micro-batch's share of the global batch's loss.
+    """This micro-batch's share of the global batch's loss."""
+    sft, parts = sft_loss(stage, head, batch, totals)
+    distances = [rank_distance(stage, head, t, totals.pairs[s]) for s, t in enumerate(batch.targets)]
+    for target, distance in zip(batch.targets, distances, strict=True):
+        parts[f"loss_uld/{target.teacher}"] = distance.detach()
+    return (1 - stage.lam) * sft + stage.lam * over_teachers(stage, batch, distances), parts
 
-    `totals[0]` counts the predicted tokens of the global batch, `totals[1 + s]` the positions aligned with teacher s.
-    """
-    sft, parts = sft_loss(stage, head, batch, totals)  # type: ignore[arg-type]
-    distillation = head.topk.new_zeros(())
-    for s, target in enumerate(batch.targets):
-        P = len(target.rows)
-        if P == 0:
-            continue
-        rows_P = torch.from_numpy(target.rows).to(head.topk.device)
-        teacher_PK = torch.from_numpy(target.logps).to(head.topk.device).float()
-        student_PK = head.topk[rows_P]
-        distance = uld_loss(student_PK, teacher_PK, standardized=stage.standardized, space=stage.space)
-        share = distance * (P / totals[1 + s])
-        parts[f"loss_uld/{target.teacher}"] = share.detach()
-        distillation = distillation + target.weight * share
-    if stage.over_teachers == "mean":
-        distillation = distillation / len(batch.targets)
-    return (1 - stage.lam) * sft + stage.lam * distillation, parts
+
+def rank_distance(stage: Distillation, head: HeadOutput, target: TeacherTarget, pairs: float) -> torch.Tensor:
+    """L_s of one teacher: this micro-batch's share of the mean over the `pairs` aligned positions of the batch."""
+    device = head.topk.device
+    student_PK = head.topk[torch.from_numpy(target.rows).to(device)]
+    teacher_PK = torch.from_numpy(target.logps).to(device)
+    distance = uld_loss(student_PK, teacher_PK, standardized=stage.standardized, space=stage.space)
+    return distance * (len(target.rows) / max(pairs, 1))
+
+
+def over_teachers(stage: Distillation, batch: FusionBatch, distances: list[torch.Tensor]) -> torch.Tensor:
+    """The sum (or mean) over the teachers of w_s times their distance."""
+    total = torch.stack([target.weight * d for target, d in zip(batch.targets, distances, strict=True)]).sum()
+    return total / len(distances) if stage.over_teachers == "mean" else total

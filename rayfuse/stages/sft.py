@@ -5,17 +5,16 @@ L_SFT = tokenmean -log P_student(y_t | x, y_<t)          over the responses, end
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from rayfuse.batch import FusionBatch
-from rayfuse.config import SFT
+from rayfuse.batch import Counts, FusionBatch
+from rayfuse.config import Stage
 from rayfuse.losses import HeadOutput
 
 
 def sft_loss(
-    stage: SFT, head: HeadOutput, batch: FusionBatch, totals: np.ndarray
+    stage: Stage, head: HeadOutput, batch: FusionBatch, totals: Counts
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """This micro-batch's share of the global batch's mean cross-entropy (nats per token)."""
-    loss = head.loss_ce * (head.count / totals[0])
+    loss = head.loss_ce * (head.count / totals.tokens)
     return loss, {"loss_sft": loss.detach()}

@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import ray
 import torch
 
 from rayfuse import resources
-from rayfuse.batch import FusionBatch
+from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Config, Stage
 from rayfuse.metrics import MetricsWriter
 from rayfuse.prepare import PrepareSpec, prepare_unit
@@ -168,27 +168,25 @@ def train(job: StageJob, rank: int, world: int) -> None:
 def _step(job: StageJob, engine: TorchEngine, batches: list[FusionBatch], rate: float) -> dict[str, float]:
     """One optimiser step over this worker's batches; returns what it measured, summed over the workers."""
     method, k = METHODS[job.stage.method], ranks(job.config, job.stage)
-    totals = engine.sum_over_workers(np.sum([batch.counts for batch in batches], axis=0))
+    totals = Counts.of_array(engine.sum_over_workers(np.sum([batch.counts.as_array() for batch in batches], axis=0)))
     measured: dict[str, float] = {}
     for index, batch in enumerate(batches):
         with engine.accumulate(last=index == len(batches) - 1):
             head = engine.forward(batch, k)
             loss, parts = method.loss(job.stage, head, batch, totals)
             engine.backward(loss)
-        for name, value in {"loss": loss.detach(), **parts}.items():
-            measured[name] = measured.get(name, 0.0) + float(value)
-        for name, number in batch.stats.items():
-            measured[name] = measured.get(name, 0.0) + number
-    names = ["loss", "loss_sft", *(n for t, _ in job.spec.teachers for n in _teacher_names(t.name)), "cut", "damaged"]
-    values = engine.sum_over_workers(np.array([measured.get(name, 0.0) for name in names]))
-    record = dict(zip(names, values.tolist(), strict=True))
+        values = {"loss": float(loss.detach()), **{name: float(part) for name, part in parts.items()}, **batch.stats}
+        for name, value in values.items():
+            measured[name] = measured.get(name, 0.0) + value
+    # Every worker has the same parts, so their sums can travel as one array in the order of the names.
+    names = sorted(measured.keys() - {"seconds"})
+    summed = engine.sum_over_workers(np.array([measured[name] for name in names]))
+    record = dict(zip(names, summed.tolist(), strict=True))
+    if "gradient_ratio" in record:
+        record["gradient_ratio"] /= job.units_per_step
     for s, (teacher, _) in enumerate(job.spec.teachers):
-        record[f"aligned_share/{teacher.name}"] = totals[1 + s] / totals[0]
-    return {**record, "tokens": totals[0], "learning_rate": rate, "gradient_norm": engine.step(rate)}
-
-
-def _teacher_names(name: str) -> Iterator[str]:
-    return (f"{part}/{name}" for part in ("loss_uld", "forwarded", "stored"))
+        record[f"aligned_share/{teacher.name}"] = totals.pairs[s] / totals.tokens
+    return {**record, "tokens": totals.tokens, "learning_rate": rate, "gradient_norm": engine.step(rate)}
 
 
 def _save(job: StageJob, engine: TorchEngine, step: int, rank: int, world: int) -> None:

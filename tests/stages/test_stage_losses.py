@@ -1,14 +1,18 @@
 """The stages' losses against formulas written out over full logits."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from rayfuse.batch import FusionBatch, TeacherTarget
-from rayfuse.config import SFT, InfiFusion
+from rayfuse.batch import Counts, FusionBatch, TeacherTarget
+from rayfuse.config import SFT, InfiFusion, InfiGFusion
 from rayfuse.losses import fused_head
+from rayfuse.prepare import graph_features
 from rayfuse.stages.infifusion import infifusion_loss
+from rayfuse.stages.infigfusion import infigfusion_loss
 from rayfuse.stages.sft import sft_loss
 
 N, H, V, K = 23, 16, 50, 6
@@ -69,7 +73,7 @@ def test_infifusion_equals_its_formula_in_value_and_gradient(stage):
 
 def test_sft_is_the_mean_cross_entropy():
     hidden, weight, labels, batch = _case(1)
-    loss, _ = sft_loss(SFT(), fused_head(hidden, weight, labels, 2), batch, np.array([N]))
+    loss, _ = sft_loss(SFT(), fused_head(hidden, weight, labels, 2), batch, Counts(N, 1))
     torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, labels), rtol=1e-5, atol=1e-6)
 
 
@@ -92,3 +96,58 @@ def test_micro_batches_add_up_to_the_global_batch():
         head = fused_head(hidden[start:stop], weight, labels[start:stop], K)
         parts.append(infifusion_loss(stage, head, batch, whole.counts)[0])
     torch.testing.assert_close(sum(parts), at_once, rtol=1e-5, atol=1e-6)
+
+
+def _graph_case(seed=3):
+    """Two samples of 9 and 14 rows, two teachers with graphs of their own lengths."""
+    hidden, weight, labels, batch = _case(seed)
+    make = torch.Generator().manual_seed(seed + 1)
+    sample = np.repeat([0, 1], [9, 14])
+    teachers = [[torch.randn(L, 30, generator=make).log_softmax(-1).topk(K).values for L in (7, 16)] for _ in range(2)]
+    targets = tuple(
+        dataclasses.replace(target, graph=graph_features([rows.numpy() for rows in of_teacher]))
+        for target, of_teacher in zip(batch.targets, teachers, strict=True)
+    )
+    input_ids = np.zeros((2, 1), dtype=np.int64)
+    return (
+        hidden,
+        weight,
+        labels,
+        dataclasses.replace(batch, input_ids=input_ids, sample=sample, targets=targets),
+        teachers,
+    )
+
+
+def _naive_graph(values):
+    """Sorted row means of the cosine graph of log-softmax values [L, K], with the graph written out."""
+    Z = values.log_softmax(-1)
+    Z = Z / Z.norm(dim=0, keepdim=True)
+    return (Z.T @ Z).mean(1).sort().values
+
+
+def test_infigfusion_equals_its_formula_in_value_and_gradient():
+    hidden, weight, labels, batch, teachers = _graph_case()
+    stage = InfiGFusion(lam=0.4, alpha=0.7)
+    head = fused_head(hidden, weight, labels, K)
+    loss, parts = infigfusion_loss(stage, head, batch, batch.counts)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    top = (hidden @ weight.T).topk(K).values
+    naive = _naive(hidden, weight, labels, batch, InfiFusion(lam=stage.lam))
+    for target, of_teacher in zip(batch.targets, teachers, strict=True):
+        distances = [
+            (_naive_graph(top[torch.from_numpy(batch.sample) == b]) - _naive_graph(of_teacher[b])).abs().sum()
+            for b in (0, 1)
+        ]
+        naive = naive + stage.lam * stage.alpha * target.weight * torch.stack(distances).mean()
+    torch.testing.assert_close(loss, naive, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(grads, torch.autograd.grad(naive, (hidden, weight)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    assert 0 < float(parts["gradient_ratio"]) < 10
+
+
+def test_infigfusion_without_graphs_is_infifusion():
+    hidden, weight, labels, batch, _ = _graph_case(5)
+    plain, _ = infifusion_loss(InfiFusion(lam=0.4), fused_head(hidden, weight, labels, K), batch, batch.counts)
+    head = fused_head(hidden, weight, labels, K)
+    without, _ = infigfusion_loss(InfiGFusion(lam=0.4, alpha=0.0), head, batch, batch.counts)
+    torch.testing.assert_close(without, plain)

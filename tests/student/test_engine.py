@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rayfuse.batch import Counts
 from rayfuse.config import Data, Stage, Student
 from rayfuse.data import read_samples
 from rayfuse.errors import StudentError
@@ -172,7 +173,7 @@ def test_units_of_different_size_weigh_by_their_tokens(tiny, student, batch, tmp
     loss, _ = sft_loss(STAGE, whole.forward(batch, 4), batch, batch.counts)
     whole.backward(loss)
     cuts = [preparer(samples[:5]), preparer(samples[5:])]
-    totals = np.sum([cut.counts for cut in cuts], axis=0)
+    totals = Counts.of_array(np.sum([cut.counts.as_array() for cut in cuts], axis=0))
     for index, cut in enumerate(cuts):
         with parts.accumulate(last=index == 1):
             loss, _ = sft_loss(STAGE, parts.forward(cut, 4), cut, totals)
