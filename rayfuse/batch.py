@@ -16,6 +16,8 @@ class TeacherTarget:
         weight: w_s of the loss.
         rows: [P] int64, rows of the batch's N predicted positions.
         logps: [P, k] float16, sorted descending: the teacher's top log-probabilities there.
+        response_logps: [B] float32 or None: the log-probability of each whole response, end-of-turn counted.
+        response_tokens: [B] float32 or None: its number of tokens under this model's tokenizer, end-of-turn counted.
         graph: [B, k] float32 or None: sorted node features of the teacher's logit graph of each sample, over all rows
             of the teacher (InfiGFusion needs no alignment).
     """
@@ -25,6 +27,8 @@ class TeacherTarget:
     rows: np.ndarray
     logps: np.ndarray
     graph: np.ndarray | None = None
+    response_logps: np.ndarray | None = None
+    response_tokens: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rayfuse.config import SFT, Config, Distillation, InfiFusion, InfiGFusion, Stage
+from rayfuse.config import DPO, SFT, Config, Distillation, InfiFPO, InfiFusion, InfiGFusion, Preference, Stage
 from rayfuse.results import ALL, BITS, best, caveat, columns, headline, label, score
 
 PATH_KEYS = frozenset({"model", "tokenizer", "trust_remote_code", "gguf_file", "path", "output", "store"})
@@ -134,10 +134,32 @@ def _distillation_text(stage: Distillation, config: Config) -> str:
     )
 
 
+def _preference_text(stage: Preference) -> str:
+    norm = "length-normalised" if stage.length_norm else "summed"
+    return f"{stage.variant} loss with beta {stage.beta:g} on {norm} log-probabilities of preference pairs"
+
+
+def _infifpo_text(stage: InfiFPO, config: Config) -> str:
+    clip = ", clipped by the model that the stage starts from" if stage.clip else ""
+    return (
+        f"`infifpo` (InfiFPO, [arXiv 2505.13878](https://arxiv.org/abs/2505.13878)): {_preference_text(stage)}, against "
+        f"the teachers fused by {stage.rule}{clip}."
+    )
+
+
+def _dpo_text(stage: DPO, config: Config) -> str:
+    return (
+        f"`dpo` (DPO, [arXiv 2305.18290](https://arxiv.org/abs/2305.18290)): {_preference_text(stage)}, against the model "
+        "that the stage starts from."
+    )
+
+
 STAGE_TEXTS: dict[type[Stage], Callable[[Any, Config], str]] = {
     SFT: lambda stage, config: "`sft`: cross-entropy on the assistant's turns.",
     InfiFusion: _infifusion_text,
     InfiGFusion: _infigfusion_text,
+    InfiFPO: _infifpo_text,
+    DPO: _dpo_text,
 }
 
 

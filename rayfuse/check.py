@@ -16,8 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 from rayfuse.alignment import byte_ends
-from rayfuse.config import Config, Model
-from rayfuse.data import Sample, read_samples
+from rayfuse.config import Config, Data, Model
+from rayfuse.data import DataCounts, Sample, read_pairs, read_samples
 from rayfuse.errors import DataError, ModelError, RayfuseError
 from rayfuse.models import (
     WEIGHT_FILES,
@@ -180,15 +180,27 @@ def _check_model(where: str, model: Model, config: Config) -> Iterator[Finding]:
 
 def check_data(config: Config) -> Iterator[Finding]:
     """The rows can be read, and every model reads the first samples, as the run itself will."""
+    samples, counts = read_samples(config.data, first=FIRST_ROWS)
+    yield from _check_samples(config, "data", config.data, samples[:FIRST_SAMPLES], counts)
+
+
+def check_preferences(config: Config) -> Iterator[Finding]:
+    """The same for the preference pairs, where a stage learns from them."""
+    if config.preferences is not None:
+        pairs, counts = read_pairs(config.preferences, first=FIRST_ROWS)
+        samples = [sample for pair in pairs[:FIRST_SAMPLES] for sample in pair]
+        yield from _check_samples(config, "preferences", config.preferences, samples, counts)
+
+
+def _check_samples(
+    config: Config, where: str, data: Data, samples: list[Sample], counts: DataCounts
+) -> Iterator[Finding]:
     from rayfuse.units import measure
 
-    samples, counts = read_samples(config.data, first=FIRST_ROWS)
-    skip = config.data.on_bad_row == "skip"
     if counts.bad_rows:
         yield Finding(
-            "data", f"{counts.bad_rows} of the first {counts.rows} rows are malformed: {counts.first_bad}", fault=False
+            where, f"{counts.bad_rows} of the first {counts.rows} rows are malformed: {counts.first_bad}", fault=False
         )
-    samples = samples[:FIRST_SAMPLES]
     try:
         sizes = measure(config.student, config.teachers, samples)
     except ModelError:  # check_models says so
@@ -196,18 +208,18 @@ def check_data(config: Config) -> Iterator[Finding]:
     faults = [f"{_short(sample)}: {size.fault}" for sample, size in zip(samples, sizes, strict=True) if size.fault]
     if faults:
         yield Finding(
-            "data",
+            where,
             f"{len(faults)} of the first {len(samples)} samples cannot be read by every model, the first: {faults[0]}",
-            fault=not skip or len(faults) == len(samples),
+            fault=data.on_bad_row == "error" or len(faults) == len(samples),
         )
-    limit = config.data.max_length
+    limit = data.max_length
     sizes = [size for size in sizes if not size.fault]
-    long = [size for size in sizes if size.response >= limit or (size.total > limit and config.data.too_long == "drop")]
+    long = [size for size in sizes if size.response >= limit or (size.total > limit and data.too_long == "drop")]
     if long:
         every = len(long) == len(sizes)
-        advice = "; raise it, or set data.too_long: cut" if every and config.data.too_long == "drop" else ""
+        advice = f"; raise it, or set {where}.too_long: cut" if every and data.too_long == "drop" else ""
         yield Finding(
-            "data.max_length",
+            f"{where}.max_length",
             f"{'all' if every else len(long)} of the first {len(sizes)} samples are longer than {limit} student tokens"
             f" (the longest has {max(size.total for size in long)}){advice}",
             fault=every,
@@ -265,6 +277,7 @@ CHECKS: dict[str, Callable[[Config], Iterator[Finding]]] = {
     "signals.store": check_store,
     "models": check_models,
     "data": check_data,
+    "preferences": check_preferences,
     "evaluate": check_evaluation,
     "machine": check_machine,
 }

@@ -185,7 +185,39 @@ class InfiGFusion(Distillation):
     alpha: float = Field(1.0, ge=0, description="weight of the graph distance beside the rank distance")
 
 
-STAGES: dict[str, type[Stage]] = {"sft": SFT, "infifusion": InfiFusion, "infigfusion": InfiGFusion}
+class Preference(Stage):
+    """What the stages on preference pairs share. They read `preferences`, and batch_size counts pairs."""
+
+    learning_rate: float = Field(1e-7, gt=0, description="peak of the cosine schedule")
+    beta: float = Field(2.5, gt=0, description="strength of the preference: 2.5 with length_norm, 0.1 without")
+    length_norm: bool = Field(True, description="divide a response's log-probability by the model's own token count")
+    variant: Literal["fpo", "ipo"] = Field("fpo", description="log-sigmoid loss, or IPO's squared one")
+
+
+class InfiFPO(Preference):
+    """InfiFPO (arXiv 2505.13878): preference optimisation against the teachers' fused sequence probabilities."""
+
+    method: Literal["infifpo"] = "infifpo"
+    rule: Literal["max_margin", "mean", "confidence"] = Field("max_margin", description="how teachers are fused")
+    clip: bool = Field(True, description="bound each teacher by the initial model: above on rejected, below on chosen")
+    margin_from: Literal["policy", "initial"] = Field(
+        "policy", description="max_margin measures from the current policy, or from the model the stage starts from"
+    )
+
+
+class DPO(Preference):
+    """DPO (arXiv 2305.18290), length-normalised unless told otherwise: the reference is the stage's first model."""
+
+    method: Literal["dpo"] = "dpo"
+
+
+STAGES: dict[str, type[Stage]] = {
+    "sft": SFT,
+    "infifusion": InfiFusion,
+    "infigfusion": InfiGFusion,
+    "infifpo": InfiFPO,
+    "dpo": DPO,
+}
 
 
 class Benchmark(Section):
@@ -233,7 +265,11 @@ def _as_stage(value: Any) -> Any:
 
 
 AnyStage = Annotated[
-    Annotated[SFT, Tag("sft")] | Annotated[InfiFusion, Tag("infifusion")] | Annotated[InfiGFusion, Tag("infigfusion")],
+    Annotated[SFT, Tag("sft")]
+    | Annotated[InfiFusion, Tag("infifusion")]
+    | Annotated[InfiGFusion, Tag("infigfusion")]
+    | Annotated[InfiFPO, Tag("infifpo")]
+    | Annotated[DPO, Tag("dpo")],
     Discriminator(_stage_tag),
     BeforeValidator(_as_stage),
 ]
@@ -245,6 +281,9 @@ class Config(Section):
     student: Annotated[Student, BeforeValidator(lambda value: _named(value, "model"))]
     teachers: tuple[Annotated[Teacher, BeforeValidator(lambda value: _named(value, "model"))], ...] = ()
     data: Annotated[Data, BeforeValidator(lambda value: _named(value, "path"))]
+    preferences: Annotated[Data | None, BeforeValidator(lambda value: _named(value, "path"))] = Field(
+        None, description="rows of prompt, chosen and rejected, for the stages that learn from preferences"
+    )
     stages: tuple[AnyStage, ...]
     output: str = Field(min_length=1, description="run folder, on a file system that every node sees")
     signals: Signals = Signals()
@@ -286,21 +325,24 @@ class Config(Section):
             raise ValueError("stages is empty; name at least one, for example stages: [infifusion]")
         for index, stage in enumerate(self.stages):
             where = f"stages.{index} ({stage.method})"
-            units, rest = divmod(stage.batch_size, self.data.unit_size)
+            section = "preferences" if isinstance(stage, Preference) else "data"
+            data = self.preferences if section == "preferences" else self.data
+            if data is None:
+                raise ValueError(f"{where} needs `preferences`: rows of prompt, chosen and rejected")
+            units, rest = divmod(stage.batch_size, data.unit_size)
             if rest:
                 raise ValueError(
-                    f"{where}: batch_size {stage.batch_size} is not a multiple of data.unit_size {self.data.unit_size}"
+                    f"{where}: batch_size {stage.batch_size} is not a multiple of {section}.unit_size {data.unit_size}"
                 )
             if units % self.student.workers:
                 raise ValueError(
                     f"{where}: a step has {units} units (batch_size / unit_size), which {self.student.workers} "
                     "workers cannot share equally"
                 )
-            if isinstance(stage, Distillation):
-                if not self.teachers:
-                    raise ValueError(f"{where} needs at least one teacher")
-                if stage.k is not None and stage.k > self.signals.k:
-                    raise ValueError(f"{where}: k {stage.k} is more than signals.k {self.signals.k}")
+            if isinstance(stage, Distillation | InfiFPO) and not self.teachers:
+                raise ValueError(f"{where} needs at least one teacher")
+            if isinstance(stage, Distillation) and stage.k is not None and stage.k > self.signals.k:
+                raise ValueError(f"{where}: k {stage.k} is more than signals.k {self.signals.k}")
         return self
 
     def absolute(self) -> Config:
@@ -321,6 +363,7 @@ class Config(Section):
                 "student": model(self.student),
                 "teachers": tuple(model(teacher) for teacher in self.teachers),
                 "data": file(self.data),
+                "preferences": file(self.preferences),
                 "evaluate": file(self.evaluate),
                 "signals": signals,
                 "output": _absolute(self.output, True),
@@ -426,7 +469,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node = child
 
 
-_SHORTHAND = {"data": "path", "evaluate": "path", "stages": "method"}
+_SHORTHAND = {"data": "path", "preferences": "path", "evaluate": "path", "stages": "method"}
 
 
 def config_json(config: Config) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
@@ -47,6 +47,11 @@ class Sample:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+Pair = tuple[Sample, Sample]
+"""The chosen and the rejected response to one prompt."""
+Parsed = TypeVar("Parsed")
+
+
 @dataclass(frozen=True)
 class DataCounts:
     """What became of the rows; shown in the report and the model card.
@@ -74,7 +79,7 @@ class DataCounts:
 
 
 def read_samples(data: Data, *, first: int | None = None) -> tuple[list[Sample], DataCounts]:
-    """Read and check a data set.
+    """Read and check a data set of conversations, or of prompts and responses.
 
     Args:
         data: where it is, and what to do with a malformed row.
@@ -84,8 +89,17 @@ def read_samples(data: Data, *, first: int | None = None) -> tuple[list[Sample],
         DataError: the data set cannot be read or holds no sample; or a row is malformed and `on_bad_row` is "error".
             The message names file, line (or row) and reason.
     """
+    return _read(data, first, samples_of_row)
+
+
+def read_pairs(data: Data, *, first: int | None = None) -> tuple[list[Pair], DataCounts]:
+    """Read and check a data set of preferences: `prompt`, `chosen`, `rejected`; otherwise as read_samples."""
+    return _read(data, first, lambda row: [pair_of_row(row)])
+
+
+def _read(data: Data, first: int | None, parse: Callable[[Any], list[Parsed]]) -> tuple[list[Parsed], DataCounts]:
     limit = min(filter(None, (data.limit, first)), default=None)
-    samples: list[Sample] = []
+    parsed: list[Parsed] = []
     rows = bad = 0
     first_bad = ""
     for place, row in read_rows(data, limit):
@@ -93,7 +107,7 @@ def read_samples(data: Data, *, first: int | None = None) -> tuple[list[Sample],
         try:
             if isinstance(row, DataError):
                 raise row
-            samples += samples_of_row(row)
+            parsed += parse(row)
         except DataError as error:
             fault = f"{place}: {error}"
             if data.on_bad_row == "error":
@@ -102,10 +116,10 @@ def read_samples(data: Data, *, first: int | None = None) -> tuple[list[Sample],
                 ) from None
             bad += 1
             first_bad = first_bad or fault
-    if not samples:
+    if not parsed:
         reason = f"all {rows} rows are malformed, the first: {first_bad}" if bad else "it has no rows"
         raise DataError(f"the data set {data.path} gives no sample: {reason}")
-    return samples, DataCounts(rows=rows, bad_rows=bad, samples=len(samples), first_bad=first_bad)
+    return parsed, DataCounts(rows=rows, bad_rows=bad, samples=len(parsed), first_bad=first_bad)
 
 
 def read_rows(data: Data, limit: int | None = None) -> Iterator[tuple[str, Mapping[str, Any] | DataError]]:
@@ -174,12 +188,35 @@ def samples_of_row(row: Any) -> list[Sample]:
             raise DataError("'messages' has no assistant turn to learn from")
         return [Sample(messages[:i], _response(messages[i][1], "an assistant turn"), skill) for i in turns]
     if "prompt" in row and "response" in row:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            _encodable(prompt, "prompt")
-            return [Sample((("user", prompt),), _response(row["response"], "'response'"), skill)]
-        return [Sample(_messages(prompt, "prompt"), _response(row["response"], "'response'"), skill)]
+        return [Sample(_prompt(row["prompt"]), _response(row["response"], "'response'"), skill)]
     raise DataError(f"a row needs 'messages', or 'prompt' and 'response'; it has {sorted(map(str, row))}")
+
+
+def pair_of_row(row: Any) -> Pair:
+    """The pair of one row: `prompt` (text or messages), `chosen` and `rejected` (text, or messages ending in it).
+
+    Raises:
+        DataError: a key is missing, something is not text, or the two responses are the same.
+    """
+    if not isinstance(row, Mapping) or not {"prompt", "chosen", "rejected"} <= set(row):
+        has = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise DataError(f"a preference row needs 'prompt', 'chosen' and 'rejected'; it has {has}")
+    prompt = _prompt(row["prompt"])
+    responses = []
+    for name in ("chosen", "rejected"):
+        value = row[name]
+        if isinstance(value, (list, tuple)):
+            role, value = _messages(value, name)[-1]
+            if role != "assistant":
+                raise DataError(f"'{name}' must end with an assistant turn, not {role}")
+        responses.append(_response(value, f"'{name}'"))
+    if responses[0] == responses[1]:
+        raise DataError(f"'chosen' and 'rejected' are the same: {responses[0]!r:.60}")
+    return Sample(prompt, responses[0]), Sample(prompt, responses[1])
+
+
+def _prompt(value: Any) -> tuple[tuple[str, str], ...]:
+    return (("user", _encodable(value, "prompt")),) if isinstance(value, str) else _messages(value, "prompt")
 
 
 def _messages(value: Any, name: str) -> tuple[tuple[str, str], ...]:

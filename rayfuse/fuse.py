@@ -15,20 +15,20 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 from rich.console import Console
 
 from rayfuse import resources
 from rayfuse.card import write_card
-from rayfuse.config import Config, Model, Teacher, config_json
-from rayfuse.data import Sample
+from rayfuse.config import Config, Data, Model, Teacher, config_json
+from rayfuse.data import DataCounts
 from rayfuse.errors import CheckpointError
 from rayfuse.evaluate import evaluate_model, read_items
 from rayfuse.metrics import LiveLine
@@ -60,29 +60,21 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
     with timed("start Ray"):
         resources.connect(config)
     with timed("read data"):
-        units, counts = load_units(config)
-        console.print(
-            f"{counts.rows:,} rows, {counts.samples:,} samples in {len(units):,} units"
-            + (f"; {counts.bad_rows} malformed rows skipped" if counts.bad_rows else "")
-            + (f"; {counts.too_long} too long, dropped" if counts.too_long else "")
-            + (f"; {counts.unreadable} unreadable for a model, dropped" if counts.unreadable else "")
-            + (f"; {counts.cut} prompts cut" if counts.cut else "")
-        )
+        sources = {preferences: load_source(config, preferences, console) for preferences in _needed(config)}
     with timed("identify teachers"):
         fingerprints = _fingerprints(config)
-
-    blocks = [ray.put(units[start : start + BLOCK]) for start in range(0, len(units), BLOCK)]
     for index in range(len(config.stages)):
         name = config.stage_folder(index).name
         if (config.stage_folder(index) / "model").exists():
             console.print(f"{name} is done already")
             continue
         with timed(name):
-            job = _stage_job(config, index, fingerprints, units, blocks)
+            job = _stage_job(config, index, fingerprints, sources)
             if job.spec.teachers:
                 deployment.deploy(job.spec.teachers, config.signals.k)
             with LiveLine(Path(config.output) / "metrics.jsonl", console):
                 train_group(job)
+    counts = next(iter(sources.values())).counts
     results: dict[str, Any] = {"data": asdict(counts), "models": [], "times": timed.seconds}
     if config.evaluate is not None:
         with timed("evaluate"):
@@ -112,42 +104,78 @@ def _open_run_folder(config: Config, resume: bool) -> None:
     there.write_text(text, encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class Source:
+    """A data set cut into units, in Ray's object store.
+
+    Attributes:
+        blocks: references to lists of at most BLOCK units.
+        units: how many units there are.
+        content: hash of all units, in order.
+        counts: what became of the rows.
+    """
+
+    blocks: Sequence[Any]
+    units: int
+    content: str
+    counts: DataCounts
+
+
+def _needed(config: Config) -> list[bool]:
+    """Which sources the stages read: `data` (False), `preferences` (True), or both, in this order."""
+    return sorted({METHODS[stage.method].uses_preferences for stage in config.stages})
+
+
+def load_source(config: Config, preferences: bool, console: Console) -> Source:
+    """Read `data` or `preferences`, and say what became of the rows."""
+    units, counts = load_units(config, preferences=preferences)
+    console.print(
+        f"{counts.rows:,} rows, {counts.samples:,} {'pairs' if preferences else 'samples'} in {len(units):,} units"
+        + (f"; {counts.bad_rows} malformed rows skipped" if counts.bad_rows else "")
+        + (f"; {counts.too_long} too long, dropped" if counts.too_long else "")
+        + (f"; {counts.unreadable} unreadable for a model, dropped" if counts.unreadable else "")
+        + (f"; {counts.cut} prompts cut" if counts.cut else "")
+    )
+    content = hashlib.sha256(json.dumps([[sample.key for sample in unit] for unit in units]).encode()).hexdigest()
+    blocks = [ray.put(units[start : start + BLOCK]) for start in range(0, len(units), BLOCK)]
+    return Source(blocks, len(units), content, counts)
+
+
 def _fingerprints(config: Config) -> dict[str, str]:
-    used = any(METHODS[stage.method].uses_teachers for stage in config.stages)
-    if not used:
+    """Each teacher's fingerprint, by its name; none where no stage asks a teacher."""
+    if not any(METHODS[stage.method].uses_teachers for stage in config.stages):
         return {}
     with ThreadPoolExecutor(4) as pool:
         prints = pool.map(lambda teacher: fingerprint(teacher, config.signals.k), config.teachers)
         return {teacher.name: print_ for teacher, print_ in zip(config.teachers, prints, strict=True)}
 
 
-def _stage_job(
-    config: Config,
-    index: int,
-    fingerprints: dict[str, str],
-    units: Sequence[Sequence[Sample]],
-    blocks: Sequence[Any],
-) -> StageJob:
+def _stage_job(config: Config, index: int, fingerprints: dict[str, str], sources: Mapping[bool, Source]) -> StageJob:
     stage = config.stages[index]
-    teachers = config.teachers if METHODS[stage.method].uses_teachers else ()
+    method = METHODS[stage.method]
+    source = sources[method.uses_preferences]
     previous = index > 0 and stage.start_from == "previous"
+    start = str(config.stage_folder(index - 1) / "model") if previous else config.student.model
+    teachers = [(teacher, fingerprints[teacher.name]) for teacher in config.teachers if method.uses_teachers]
+    if method.uses_preferences:
+        initial = as_teacher(config, "initial", start if previous else None)
+        teachers.append((initial, fingerprint(initial, config.signals.k)))
+    data = cast(Data, config.preferences) if method.uses_preferences else config.data
     spec = PrepareSpec(
         student=config.student,
-        teachers=tuple((teacher, fingerprints[teacher.name]) for teacher in teachers),
+        teachers=tuple(teachers),
         store=config.store_url,
         k=ranks(config, stage),
         alignment=getattr(stage, "alignment", "bytes"),
-        max_length=config.data.max_length,
-        graphs=METHODS[stage.method].uses_graphs,
+        max_length=data.max_length,
+        graphs=method.uses_graphs,
+        responses=method.uses_preferences,
     )
-    content = hashlib.sha256()
-    for unit in units:
-        content.update(json.dumps([sample.key for sample in unit]).encode())
     identity = {
         "stage": stage.model_dump(mode="json", exclude={"save_every", "keep"}),
         "student": config.student.model_dump(mode="json", exclude={"prefetch", "max_failures", "cpus"}),
         "teachers": [(fp, teacher.weight) for teacher, fp in spec.teachers],
-        "data": content.hexdigest(),
+        "data": source.content,
         "k": spec.k,
         "seed": config.seed,
         "index": index,
@@ -155,12 +183,19 @@ def _stage_job(
     return StageJob(
         config=config,
         index=index,
-        start=str((config.stage_folder(index - 1) / "model").resolve()) if previous else config.student.model,
+        start=start,
         identity=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         spec=spec,
-        blocks=blocks,
-        units=len(units),
+        blocks=source.blocks,
+        units=source.units,
     )
+
+
+def as_teacher(config: Config, name: str, folder: str | None = None) -> Teacher:
+    """The student's model, or the one that a stage left in `folder`, as something that can be scored."""
+    student = config.student
+    model = {"model": folder, "dtype": student.dtype} if folder else student.model_dump(include=set(Model.model_fields))
+    return Teacher.model_validate({**model, "name": name, "cpus": student.cpus, "gpus": student.gpus})
 
 
 def evaluate_all(config: Config) -> list[dict[str, Any]]:
@@ -168,16 +203,12 @@ def evaluate_all(config: Config) -> list[dict[str, Any]]:
     benchmark = config.evaluate
     assert benchmark is not None
     items = read_items(benchmark)
-    device = {"cpus": config.student.cpus, "gpus": config.student.gpus}
     models = [(teacher, "teacher") for teacher in config.teachers if benchmark.teachers]
-    pivot = config.student.model_dump(include=set(Model.model_fields))
-    models.append((Teacher.model_validate({**pivot, **device, "name": "pivot"}), "pivot"))
+    models.append((as_teacher(config, "pivot"), "pivot"))
     methods = [stage.method for stage in config.stages]
     for index, method in enumerate(methods):
         name = method if methods.count(method) == 1 else config.stage_folder(index).name
-        path = str(config.stage_folder(index) / "model")
-        stage = {"model": path, "name": name, "dtype": config.student.dtype, **device}
-        models.append((Teacher.model_validate(stage), "stage"))
+        models.append((as_teacher(config, name, str(config.stage_folder(index) / "model")), "stage"))
     shared = ray.put(items)
     tasks = [
         evaluate_model.options(**resources.evaluate_task(model.gpus)).remote(model, role, shared, benchmark)

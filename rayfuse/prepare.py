@@ -48,15 +48,17 @@ class PrepareSpec:
         alignment: "bytes" or "position".
         max_length: student tokens; longer prompts are cut from the left.
         graphs: whether the batch carries the features of the teachers' logit graphs.
+        responses: whether it carries log-probabilities of whole responses instead of aligned top-K logits.
     """
 
     student: Model
     teachers: tuple[tuple[Teacher, str], ...]
     store: str
-    k: int
+    k: int | None
     alignment: str
     max_length: int
     graphs: bool = False
+    responses: bool = False
 
 
 class Preparer:
@@ -131,6 +133,8 @@ class Preparer:
         signals: Sequence[TopKSignals],
         samples: Sequence[Sample],
     ) -> TeacherTarget:
+        if self.spec.responses:
+            return _responses(teacher, signals)
         rows, logps = [], []
         first_row = 0
         for item, answer, sample in zip(rendered, signals, samples, strict=True):
@@ -146,6 +150,18 @@ class Preparer:
             first_row += len(item.response_ids)
         graph = graph_features([answer.logps[:, : self.spec.k] for answer in signals]) if self.spec.graphs else None
         return TeacherTarget(teacher.name, teacher.weight, np.concatenate(rows), np.concatenate(logps), graph)
+
+
+def _responses(teacher: Teacher, signals: Sequence[TopKSignals]) -> TeacherTarget:
+    """Log-probability and length of whole responses under one model; nothing is aligned."""
+    return TeacherTarget(
+        teacher=teacher.name,
+        weight=teacher.weight,
+        rows=np.zeros(0, dtype=np.int64),
+        logps=np.zeros((0, 0), dtype=np.float16),
+        response_logps=np.array([answer.token_logps.sum(dtype=np.float64) for answer in signals], dtype=np.float32),
+        response_tokens=np.array([len(answer) for answer in signals], dtype=np.float32),
+    )
 
 
 def graph_features(logps: Sequence[np.ndarray]) -> np.ndarray:
@@ -207,6 +223,10 @@ def _no_teacher(teacher: Teacher, fingerprint: str) -> Scorer:
 
 
 @ray.remote
-def prepare_unit(spec: PrepareSpec, units: list[list[Sample]], index: int) -> Any:
-    """The FusionBatch of unit `index` of a block of units."""
+def prepare_unit(spec: PrepareSpec, units: list[list[Sample]], index: int, after: Any = None) -> Any:
+    """The FusionBatch of unit `index` of a block of units.
+
+    `after` is the batch of the same unit from the epoch before, where that is still in preparation: Ray waits for it,
+    so that this task finds the teachers' answers in the store instead of asking again.
+    """
     return _preparer(spec)(units[index])

@@ -47,7 +47,7 @@ class SignalStore:
         """The signals of one sample, or None where there are none (or only a damaged object, which is removed)."""
         path = self.path(fingerprint, key)
         try:
-            blob = self.fs.cat_file(path)
+            blob = Path(path).read_bytes() if self.local else self.fs.cat_file(path)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -72,16 +72,21 @@ class SignalStore:
 
     def _create_local(self, path: str, blob: bytes) -> bool:
         """Write beside, then link: the name appears with its whole content, and only for the first writer."""
-        final = Path(path)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        beside = final.parent / f".{final.name}.{uuid.uuid4().hex}"
+        folder, name = os.path.split(path)
+        beside = f"{folder}/.{name}.{uuid.uuid4().hex}"
         try:
-            beside.write_bytes(blob)
-            os.link(beside, final)
+            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileNotFoundError:  # the first of its folder
+            os.makedirs(folder, exist_ok=True)
+            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with open(descriptor, "wb", buffering=0) as file:
+                file.write(blob)
+            os.link(beside, path)
         except FileExistsError:
             return False
         finally:
-            beside.unlink(missing_ok=True)
+            os.unlink(beside)
         return True
 
     def _create(self, path: str, blob: bytes) -> bool:

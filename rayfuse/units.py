@@ -15,47 +15,58 @@ import ray
 
 from rayfuse import resources
 from rayfuse.config import Config, Model
-from rayfuse.data import DataCounts, Sample, read_samples
+from rayfuse.data import DataCounts, Sample, read_pairs, read_samples
 from rayfuse.errors import AlignmentError, DataError
 from rayfuse.models import context_length, load_model_config, load_tokenizer
 from rayfuse.render import Renderer
 
 LENGTH_WINDOW = 4096
 """Samples among which units of similar length are formed: large enough for little padding, small enough to mix."""
-LENGTH_CHUNK = 2000
+MEASURE_CHUNK = 2000
 """Samples measured by one task."""
 
 
-def load_units(config: Config) -> tuple[list[list[Sample]], DataCounts]:
+def load_units(config: Config, *, preferences: bool = False) -> tuple[list[list[Sample]], DataCounts]:
     """Read the data, let every model read every sample (in parallel tasks), and form the units of what is left.
+
+    Args:
+        config: the run.
+        preferences: read `preferences` instead of `data`; a unit then holds unit_size pairs, as chosen, rejected,
+            chosen, rejected, ...
 
     Raises:
         DataError: the data cannot be read; a model cannot read a sample and `on_bad_row` is "error"; nothing is left.
     """
-    samples, counts = read_samples(config.data)
-    chunks = [samples[i : i + LENGTH_CHUNK] for i in range(0, len(samples), LENGTH_CHUNK)]
-    task = ray.remote(measure).options(**resources.prepare_task())
-    waiting = [task.remote(config.student, config.teachers, chunk) for chunk in chunks[1:]]
-    first = measure(config.student, config.teachers, chunks[0])
-    sizes = [size for chunk in [first, *ray.get(waiting)] for size in chunk]
+    groups: list[tuple[Sample, ...]]
+    if preferences:
+        assert config.preferences is not None
+        data = config.preferences
+        pairs, counts = read_pairs(data)
+        groups = list(pairs)
+    else:
+        data = config.data
+        samples, counts = read_samples(data)
+        groups = [(sample,) for sample in samples]
+    sizes = _measure_all(config, groups)
 
-    limit = config.data.max_length
+    limit = data.max_length
     kept: list[int] = []
     too_long = cut = 0
     unreadable: list[str] = []
-    for index, size in enumerate(sizes):
-        if size.fault:
-            unreadable.append(f"sample {samples[index].key[:12]} ({samples[index].response!r:.60}): {size.fault}")
-        elif size.response >= limit or (size.total > limit and config.data.too_long == "drop"):
+    for index, of_group in enumerate(sizes):
+        faults = [f"{_short(s)}: {size.fault}" for s, size in zip(groups[index], of_group, strict=True) if size.fault]
+        if faults:
+            unreadable += faults[:1]
+        elif any(s.response >= limit or (s.total > limit and data.too_long == "drop") for s in of_group):
             too_long += 1
         else:
             kept.append(index)
-            cut += size.total > limit
-    if unreadable and config.data.on_bad_row == "error":
+            cut += any(size.total > limit for size in of_group)
+    if unreadable and data.on_bad_row == "error":
         raise DataError(f"{unreadable[0]}. Correct the row, or set data.on_bad_row: skip to leave such samples out")
     if not kept:
         raise DataError(
-            f"of {len(samples)} samples of {config.data.path} none is left: {too_long} are longer than data.max_length "
+            f"of {len(groups)} samples of {data.path} none is left: {too_long} are longer than data.max_length "
             f"{limit} (raise it, or set data.too_long: cut), {len(unreadable)} cannot be read by every model"
         )
     counts = replace(
@@ -66,10 +77,25 @@ def load_units(config: Config) -> tuple[list[list[Sample]], DataCounts]:
         unreadable=len(unreadable),
         first_unreadable=unreadable[0] if unreadable else "",
     )
-    kept_samples = [samples[index] for index in kept]
-    lengths = [min(sizes[index].total, limit) for index in kept]
-    units = make_units(kept_samples, lengths, config.data.unit_size)
-    return [[kept_samples[index] for index in unit] for unit in units], counts
+    keys = ["".join(sample.key for sample in groups[index]) for index in kept]
+    lengths = [min(max(size.total for size in sizes[index]), limit) for index in kept]
+    units = make_units(keys, lengths, data.unit_size)
+    return [[sample for index in unit for sample in groups[kept[index]]] for unit in units], counts
+
+
+def _short(sample: Sample) -> str:
+    return f"sample {sample.key[:12]} ({sample.response!r:.60})"
+
+
+def _measure_all(config: Config, groups: Sequence[tuple[Sample, ...]]) -> list[list[Size]]:
+    """The sizes of every group's samples, measured in chunks by parallel tasks (the first chunk here)."""
+    samples = [sample for group in groups for sample in group]
+    chunks = [samples[i : i + MEASURE_CHUNK] for i in range(0, len(samples), MEASURE_CHUNK)]
+    task = ray.remote(measure).options(**resources.prepare_task())
+    waiting = [task.remote(config.student, config.teachers, chunk) for chunk in chunks[1:]]
+    first = measure(config.student, config.teachers, chunks[0])
+    sizes = iter([size for chunk in [first, *ray.get(waiting)] for size in chunk])
+    return [[next(sizes) for _ in group] for group in groups]
 
 
 class Size(NamedTuple):
@@ -103,16 +129,16 @@ def _size(student: Renderer, teachers: Sequence[tuple[Renderer, int | None]], sa
     return Size(rendered.length, len(rendered.response_ids))
 
 
-def make_units(samples: Sequence[Sample], lengths: Sequence[int], unit_size: int) -> list[list[int]]:
-    """Cut the samples into units of `unit_size` (the last may be smaller): lists of indices into `samples`.
+def make_units(keys: Sequence[str], lengths: Sequence[int], unit_size: int) -> list[list[int]]:
+    """Cut samples into units of `unit_size` (the last may be smaller): lists of indices into `keys`.
 
-    Samples stand in the order of their content's hash, are sorted by length inside windows of LENGTH_WINDOW, and cut.
+    Samples stand in the order of their keys, are sorted by length inside windows of LENGTH_WINDOW, and cut.
     So a unit pads little, and which samples share a unit depends on nothing but the data.
     """
-    order = sorted(range(len(samples)), key=lambda i: (samples[i].key, i))
+    order = sorted(range(len(keys)), key=lambda i: (keys[i], i))
     units: list[list[int]] = []
     for start in range(0, len(order), LENGTH_WINDOW):
-        window = sorted(order[start : start + LENGTH_WINDOW], key=lambda i: (lengths[i], samples[i].key, i))
+        window = sorted(order[start : start + LENGTH_WINDOW], key=lambda i: (lengths[i], keys[i], i))
         units += [window[i : i + unit_size] for i in range(0, len(window), unit_size)]
     return units
 

@@ -1,4 +1,4 @@
-"""A tiny world for tests: untrained models with four different tokenizers and chat templates, and two data files."""
+"""A tiny world for tests: untrained models with four different tokenizers and chat templates, and three data files."""
 
 from __future__ import annotations
 
@@ -48,6 +48,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     for seed, (name, style) in enumerate(STYLES.items()):
         tokenizer = make_tokenizer(style, texts)
         save(make_model(tokenizer, seed, hidden=32, layers=1), tokenizer, root / name)
-    for name, part in (("train", rows), ("eval", rows[::5])):
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["response"], "rejected": f"{row['response'][::-1]} no"} for row in rows
+    ]
+    for name, part in (("train", rows), ("eval", rows[::5]), ("pairs", pairs)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     return TinyWorld(root)

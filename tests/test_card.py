@@ -161,3 +161,13 @@ def test_a_relative_folder_that_exists_is_no_hub_id(tmp_path: Path, monkeypatch:
     (tmp_path / "models" / "expert").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert public_name("models/expert") == "expert"
+
+
+def test_every_method_has_its_text():
+    """A new stage without a text would fail only at the end of a long run."""
+    from rayfuse.card import STAGE_TEXTS
+    from rayfuse.config import STAGES
+    from rayfuse.stages import METHODS
+
+    assert set(STAGE_TEXTS) == set(STAGES.values())
+    assert set(STAGES) == set(METHODS)

@@ -2,11 +2,8 @@
 
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,13 +13,14 @@ import yaml
 from rich.console import Console
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import rayfuse.check
 from rayfuse.check import check_config
+from rayfuse.cli import app
 from rayfuse.config import load_config
 from rayfuse.errors import ConfigError
 
-RAYFUSE = str(Path(sys.executable).with_name("rayfuse"))
 GIGABYTE = 2**30
 FINGERPRINT = "0" * 32
 
@@ -92,15 +90,11 @@ def test_a_check_that_finds_faults_leaves_nothing_behind_either(world):
 
 
 def test_the_command_exits_with_status_1_and_prints_every_fault(world):
-    done = subprocess.run(
-        [RAYFUSE, "check", str(world()), "student=/missing/model", "data.max_length=9"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 1
-    assert "fault  student: the folder /missing/model does not exist" in done.stdout
-    assert "Traceback" not in done.stderr
+    done = CliRunner().invoke(app, ["check", str(world()), "student=/missing/model", "data.path=/missing.jsonl"])
+    assert done.exit_code == 1
+    assert "fault  student: the folder /missing/model does not exist" in done.output
+    assert "fault  data: cannot read the data set /missing.jsonl" in done.output
+    assert CliRunner().invoke(app, ["check", str(world())]).exit_code == 0
 
 
 # --- faults that the file itself shows ------------------------------

@@ -144,7 +144,7 @@ REFUSED = {
         r"student.dtype: .*'float32', 'bfloat16' or 'float16' \(is 'int8'\)",
     ),
     "unknown method": (tree(stages=["distill"]), r"stages.0: unknown method 'distill'; there are: sft, infifusion"),
-    "unknown method in a section": (tree(stages=[{"method": "dpo"}]), r"stages.0: unknown method 'dpo'"),
+    "unknown method in a section": (tree(stages=[{"method": "grpo"}]), r"stages.0: unknown method 'grpo'"),
     "method of another type": (tree(stages=[{"method": ["sft"]}]), r"stages.0: unknown method \['sft'\]"),
     "stage of another type": (tree(stages=[5]), r"stages.0: unknown method 5"),
     "stage without method": (tree(stages=[{"steps": 3}]), r"stages.0: method is missing; there are: sft, infifusion"),

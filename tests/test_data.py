@@ -280,15 +280,15 @@ def test_units_do_not_depend_on_the_order_of_the_rows(measured, random):
     samples, lengths, size = measured
     order = list(range(len(samples)))
     random.shuffle(order)
-    shuffled = make_units([samples[i] for i in order], [lengths[i] for i in order], size)
+    shuffled = make_units([samples[i].key for i in order], [lengths[i] for i in order], size)
     contents = [[samples[order[i]].key for i in unit] for unit in shuffled]
-    assert contents == [[samples[i].key for i in unit] for unit in make_units(samples, lengths, size)]
+    assert contents == [[samples[i].key for i in unit] for unit in make_units([s.key for s in samples], lengths, size)]
 
 
 @given(measured_samples())
 def test_units_cover_every_sample_once_and_are_full_and_sorted(measured):
     samples, lengths, size = measured
-    units = make_units(samples, lengths, size)
+    units = make_units([s.key for s in samples], lengths, size)
     flat = [i for unit in units for i in unit]
     assert sorted(flat) == list(range(len(samples)))
     assert [len(unit) for unit in units[:-1]] == [size] * (len(units) - 1)
@@ -299,7 +299,7 @@ def test_units_cover_every_sample_once_and_are_full_and_sorted(measured):
 def test_lengths_are_sorted_inside_windows_only():
     samples = [Sample((("user", str(i)),), "x") for i in range(LENGTH_WINDOW + 100)]
     lengths = [1 + int(sample.key[:4], 16) % 97 for sample in samples]
-    flat = [i for unit in make_units(samples, lengths, 8) for i in unit]
+    flat = [i for unit in make_units([s.key for s in samples], lengths, 8) for i in unit]
     assert sorted(flat) == list(range(len(samples)))
     assert {samples[i].key for i in flat[:LENGTH_WINDOW]} == set(sorted(s.key for s in samples)[:LENGTH_WINDOW])
     for window in (flat[:LENGTH_WINDOW], flat[LENGTH_WINDOW:]):

@@ -119,6 +119,29 @@ def test_a_finished_run_is_not_overwritten_and_resume_does_nothing_again(run):
         fuse(config.model_copy(update={"seed": 9}), resume=True)
 
 
+def test_the_three_methods_in_one_run(tiny, tmp_path, cluster):
+    """SFT, InfiFusion, InfiGFusion, InfiFPO and DPO, each from the model before it; signals are shared."""
+    common = {"steps": 15, "batch_size": 16, "learning_rate": 1e-3}
+    methods = ("sft", "infifusion", "infigfusion", "infifpo", "dpo")
+    stages = [{"method": method, **common, **({"beta": 1.0} if method == "infifpo" else {})} for method in methods]
+    preferences = {"path": str(tiny.root / "pairs.jsonl"), "unit_size": 8, "max_length": 200}
+    fuse(parse_config(tiny.tree(tmp_path / "run", stages=stages, preferences=preferences)))
+    records = _metrics(tmp_path / "run")
+    of_stage = {name: [r for r in records if r["stage"].endswith(name)] for name in methods}
+    assert {name: len(of) for name, of in of_stage.items()} == dict.fromkeys(methods, 15)
+    # 120 samples, 15 steps of 16: every text twice. The first of these stages asks, the second finds all in the store.
+    assert sum(r["forwarded/math"] for r in of_stage["infifusion"]) == 120
+    assert sum(r["forwarded/math"] for r in of_stage["infigfusion"]) == 0
+    assert all(r["gradient_ratio"] > 0 for r in of_stage["infigfusion"])
+    # Chosen texts are those of the data set: only the rejected ones are new to the teachers, but a unit is asked whole.
+    for name in ("infifpo", "dpo"):
+        assert of_stage[name][-1]["loss"] < of_stage[name][0]["loss"]
+        assert of_stage[name][-1]["margin"] > of_stage[name][0]["margin"]
+    assert of_stage["dpo"][0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert of_stage["dpo"][0]["margin"] == pytest.approx(0, abs=1e-3)
+    assert (tmp_path / "run/report.html").exists()
+
+
 def test_a_teacher_that_cannot_start_ends_the_run_with_its_cause(tiny, tmp_path, cluster):
     """The replica's own error reaches the user, instead of waiting for a teacher that never comes."""
     tree = tiny.tree(tmp_path / "run")

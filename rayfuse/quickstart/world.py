@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayfuse.quickstart import models, tasks
 
-TRAIN_ROWS_PER_SKILL = 1500
+TRAIN_ROWS_PER_SKILL = 4000
 HELDOUT_ROWS_PER_SKILL = 200
 WRONG_SHARE = 0.3
 EXPERTS = ("math", "code", "instruct")

@@ -1,8 +1,9 @@
 """The stages of a run: one file per method, each reading like the method section of its paper.
 
-A method is a loss on one micro-batch: `loss(stage, head, batch, totals) -> (loss, parts)`. The denominators in `totals`
-are those of the GLOBAL batch (all workers, all micro-steps), so that the losses of the micro-batches simply add up and
-the result does not depend on how the batch was cut.
+A method is a loss on one micro-batch: `loss(stage, output, batch, totals) -> (loss, parts)`, where `output` is what the
+student says about it: its fused head's output or, for preferences, the log-probabilities of its tokens. The
+denominators in `totals` are those of the GLOBAL batch (all workers, all micro-steps), so that the losses of the
+micro-batches simply add up and the result does not depend on how the batch was cut.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Config, Stage
-from rayfuse.losses import HeadOutput
+from rayfuse.stages.dpo import dpo_loss
+from rayfuse.stages.infifpo import infifpo_loss
 from rayfuse.stages.infifusion import infifusion_loss
 from rayfuse.stages.infigfusion import infigfusion_loss
 from rayfuse.stages.sft import sft_loss
 
 Parts = dict[str, torch.Tensor]
-Loss = Callable[[Any, HeadOutput, FusionBatch, Counts], tuple[torch.Tensor, Parts]]
+Loss = Callable[[Any, Any, FusionBatch, Counts], tuple[torch.Tensor, Parts]]
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,27 @@ class Method:
         loss: its loss on one micro-batch.
         uses_teachers: whether prepare tasks must bring the teachers' signals.
         uses_graphs: whether they must bring the features of the teachers' logit graphs too.
+        uses_preferences: whether it learns from preference pairs; then the batch's samples are chosen, rejected,
+            chosen, ..., the student's output is log-probabilities, and the last target is the stage's first model.
     """
 
     loss: Loss
     uses_teachers: bool
     uses_graphs: bool = False
+    uses_preferences: bool = False
 
 
 METHODS: dict[str, Method] = {
     "sft": Method(sft_loss, uses_teachers=False),
     "infifusion": Method(infifusion_loss, uses_teachers=True),
     "infigfusion": Method(infigfusion_loss, uses_teachers=True, uses_graphs=True),
+    "infifpo": Method(infifpo_loss, uses_teachers=True, uses_preferences=True),
+    "dpo": Method(dpo_loss, uses_teachers=False, uses_preferences=True),
 }
 
 
-def ranks(config: Config, stage: Stage) -> int:
-    """K of a stage: how many ranks of each position its loss compares."""
+def ranks(config: Config, stage: Stage) -> int | None:
+    """K of a stage: how many ranks of each position its loss compares; None for preferences, which compare none."""
+    if METHODS[stage.method].uses_preferences:
+        return None
     return getattr(stage, "k", None) or config.signals.k

@@ -18,7 +18,7 @@ from torch import nn
 from rayfuse.batch import FusionBatch
 from rayfuse.config import Stage, Student
 from rayfuse.errors import StudentError
-from rayfuse.losses import HeadOutput, fused_head
+from rayfuse.losses import HeadOutput, fused_head, token_logps
 from rayfuse.models import load_causal_lm, load_tokenizer, output_layer
 
 
@@ -31,7 +31,8 @@ class _HiddenToHead(nn.Module):
         self.tokenizer = tokenizer
         self.dtype = dtype
 
-    def forward(self, batch: dict[str, torch.Tensor], k: int) -> HeadOutput:
+    def forward(self, batch: dict[str, torch.Tensor], k: int | None) -> HeadOutput | torch.Tensor:
+        """The fused head's output with the top k, or (k None) the labels' log-probabilities [N]."""
         device = batch["labels"].device.type
         with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
             hidden_BTH = self.model.base_model(
@@ -39,7 +40,10 @@ class _HiddenToHead(nn.Module):
             ).last_hidden_state
         layer = output_layer(self.model, self.tokenizer)
         hidden_NH = hidden_BTH.flatten(0, 1)[batch["positions"]].to(self.dtype)
-        return fused_head(hidden_NH, layer.weight.to(self.dtype), batch["labels"], k, **layer.options())
+        weight = layer.weight.to(self.dtype)
+        if k is None:
+            return token_logps(hidden_NH, weight, batch["labels"], **layer.options())
+        return fused_head(hidden_NH, weight, batch["labels"], k, **layer.options())
 
 
 class TorchEngine:
@@ -74,11 +78,14 @@ class TorchEngine:
             fused=True,
         )
 
-    def forward(self, batch: FusionBatch, k: int) -> HeadOutput:
-        """Cross-entropy and top-K of one micro-batch."""
+    def forward(self, batch: FusionBatch, k: int | None) -> HeadOutput | torch.Tensor:
+        """Of one micro-batch: cross-entropy and top k, or (k None) differentiable log-probabilities [N] of the labels.
+
+        A preference loss weighs a response by how the whole pair scored, so it needs the second form.
+        """
         fields = ("input_ids", "attention_mask", "positions", "labels")
         tensors = {name: torch.from_numpy(getattr(batch, name)).to(self.device) for name in fields}
-        output: HeadOutput = self.module(tensors, k)
+        output: HeadOutput | torch.Tensor = self.module(tensors, k)
         return output
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import ray
@@ -21,7 +21,7 @@ import torch
 
 from rayfuse import resources
 from rayfuse.batch import Counts, FusionBatch
-from rayfuse.config import Config, Stage
+from rayfuse.config import Config, Data, Stage
 from rayfuse.metrics import MetricsWriter
 from rayfuse.prepare import PrepareSpec, prepare_unit
 from rayfuse.stages import METHODS, ranks
@@ -61,6 +61,12 @@ class StageJob:
         return self.config.stages[self.index]
 
     @property
+    def data(self) -> Data:
+        """The section of the data that the stage learns from."""
+        preferences = METHODS[self.stage.method].uses_preferences
+        return cast(Data, self.config.preferences) if preferences else self.config.data
+
+    @property
     def folder(self) -> Path:
         """The stage's folder in the run folder."""
         return self.config.stage_folder(self.index)
@@ -68,7 +74,7 @@ class StageJob:
     @property
     def units_per_step(self) -> int:
         """Micro-steps of one optimiser step, over all workers."""
-        return self.stage.batch_size // self.config.data.unit_size
+        return self.stage.batch_size // self.data.unit_size
 
     @property
     def steps(self) -> int:
@@ -89,7 +95,7 @@ class UnitStream:
         self.job = job
         self.todo = iter(units)
         self.task = prepare_unit.options(**resources.prepare_task())
-        self.pending: deque[Any] = deque()
+        self.pending: deque[tuple[int, Any]] = deque()
         self.waited = 0.0
         for _ in range(job.config.student.prefetch):
             self._submit()
@@ -98,14 +104,15 @@ class UnitStream:
         unit = next(self.todo, None)
         if unit is not None:
             block, index = divmod(unit, BLOCK)
-            self.pending.append(self.task.remote(self.job.spec, self.job.blocks[block], index))
+            before = next((ref for other, ref in self.pending if other == unit), None)
+            self.pending.append((unit, self.task.remote(self.job.spec, self.job.blocks[block], index, before)))
 
     def take(self, count: int) -> list[FusionBatch]:
         """The next `count` batches."""
         batches = []
         for _ in range(count):
             begun = time.perf_counter()
-            batches.append(ray.get(self.pending.popleft()))
+            batches.append(ray.get(self.pending.popleft()[1]))
             self.waited += time.perf_counter() - begun
             self._submit()
         return batches
@@ -172,8 +179,8 @@ def _step(job: StageJob, engine: TorchEngine, batches: list[FusionBatch], rate: 
     measured: dict[str, float] = {}
     for index, batch in enumerate(batches):
         with engine.accumulate(last=index == len(batches) - 1):
-            head = engine.forward(batch, k)
-            loss, parts = method.loss(job.stage, head, batch, totals)
+            output = engine.forward(batch, k)
+            loss, parts = method.loss(job.stage, output, batch, totals)
             engine.backward(loss)
         values = {"loss": float(loss.detach()), **{name: float(part) for name, part in parts.items()}, **batch.stats}
         for name, value in values.items():
@@ -184,7 +191,7 @@ def _step(job: StageJob, engine: TorchEngine, batches: list[FusionBatch], rate: 
     record = dict(zip(names, summed.tolist(), strict=True))
     if "gradient_ratio" in record:
         record["gradient_ratio"] /= job.units_per_step
-    for s, (teacher, _) in enumerate(job.spec.teachers):
+    for s, (teacher, _) in enumerate(job.spec.teachers if k is not None else ()):
         record[f"aligned_share/{teacher.name}"] = totals.pairs[s] / totals.tokens
     return {**record, "tokens": totals.tokens, "learning_rate": rate, "gradient_norm": engine.step(rate)}
 

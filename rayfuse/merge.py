@@ -1,0 +1,438 @@
+"""Merging the students of a pairwise run (InfiFusion_p): one model from S students that were trained from one base.
+
+A student is its base plus a task vector, delta_s = student_s - base. The three methods differ in how they add the task
+vectors up, tensor by tensor. Everything is read from and written to safetensors one tensor at a time, so that a merge
+needs memory for S + 4 copies of the model's largest tensor in float32, however many there are; what is read is
+mapped, not loaded.
+
+Shapes: every tensor of the model is its own case; `students_S` and `deltas_S` are S tensors of the base tensor's shape.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from rayfuse.config import Dtype
+from rayfuse.errors import ConfigError, ModelError
+
+Method = Literal["task_arithmetic", "ties", "sce"]
+DENSITIES = {"ties": 0.2, "sce": 0.1}  # the papers' own
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TEMPLATES = "additional_chat_templates"
+COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The numbers of a merge.
+
+    Attributes:
+        weights: S factors of the task vectors (task arithmetic, TIES).
+        density: share of the elements of a tensor that is kept (TIES, SCE), in (0, 1].
+        scale: factor on the merged task vector, lambda in the papers.
+    """
+
+    weights: tuple[float, ...]
+    density: float
+    scale: float
+
+
+def task_arithmetic(base: torch.Tensor, students_S: Sequence[torch.Tensor], recipe: Recipe) -> torch.Tensor:
+    """base + scale * sum_s weight_s * delta_s, in float32 (float64 where the base is).
+
+    Paper: Ilharco et al. 2023, arXiv 2212.04089, section 2.
+    """
+    deltas_S = _task_vectors(base, students_S)
+    return _weighted_sum(deltas_S, recipe.weights).mul_(recipe.scale).add_(base)
+
+
+def ties(base: torch.Tensor, students_S: Sequence[torch.Tensor], recipe: Recipe) -> torch.Tensor:
+    """Trim each task vector to its largest elements, elect a sign per element, average those that agree with it.
+
+    Trim keeps the max(1, floor(density * n)) elements of largest magnitude of this tensor, and all that are as large as
+    the smallest of them. The elected sign is that of sum_s weight_s * delta_s; where this sum is exactly 0 nothing is
+    elected and the base stays. The mean is over the agreeing students only, weighted. O(S n).
+
+    Paper: Yadav et al. 2023, arXiv 2306.01708, algorithm 1, which ranks a model's elements all together; here, as in
+    mergekit, each tensor is trimmed by itself, so that one pass over the files is enough.
+    """
+    deltas_S = _task_vectors(base, students_S)
+    keep = max(1, int(recipe.density * base.numel()))
+    if keep < base.numel():
+        for delta in deltas_S:
+            delta.mul_(_largest(delta.abs(), keep))
+    elected = _weighted_sum(deltas_S, recipe.weights).sign_()
+    return _agreeing_mean(deltas_S, elected, recipe.weights).mul_(recipe.scale).add_(base)
+
+
+def sce(base: torch.Tensor, students_S: Sequence[torch.Tensor], recipe: Recipe) -> torch.Tensor:
+    """Select the elements on which the students differ most, calculate a weight per student, erase minority signs.
+
+    Select keeps the floor(density * m) elements of largest variance over the students, and all with a variance as large
+    as the smallest of them; m counts the elements whose variance is not 0. Density 1 keeps every element. Calculate:
+    the weight of a student is its share of the sum of squares of the selected elements of this tensor. Erase: what
+    disagrees in sign with sum_s delta_s goes, and the weights of the rest are normalised to sum to 1. O(S n).
+
+    Paper: Wan et al. 2024 (FuseChat), arXiv 2408.07990, SCE merging; normalising after Erase is from the authors'
+    code in mergekit.
+    """
+    deltas_S = _task_vectors(base, students_S)
+    if recipe.density < 1:
+        variances = deltas_S.var(dim=0, correction=0)
+        keep = int(recipe.density * int(variances.count_nonzero()))
+        deltas_S.mul_(_largest(variances, keep))
+        del variances
+    energies = [_sum_of_squares(delta) for delta in deltas_S]
+    whole = sum(energies)
+    shares = [energy / whole for energy in energies] if whole > 0 else [1 / len(energies)] * len(energies)
+    elected = deltas_S.sum(dim=0).sign_()
+    return _agreeing_mean(deltas_S, elected, shares).mul_(recipe.scale).add_(base)
+
+
+MERGES: dict[str, Callable[[torch.Tensor, Sequence[torch.Tensor], Recipe], torch.Tensor]] = {
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "sce": sce,
+}
+
+
+def _task_vectors(base: torch.Tensor, students_S: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[S, *shape], student minus base in float32 or wider."""
+    wide = base.to(torch.promote_types(base.dtype, torch.float32))
+    deltas_S = torch.empty(len(students_S), *base.shape, dtype=wide.dtype)
+    for s, student in enumerate(students_S):
+        torch.sub(student, wide, out=deltas_S[s])
+    return deltas_S
+
+
+def _weighted_sum(deltas_S: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    total = torch.zeros_like(deltas_S[0])
+    for delta, weight in zip(deltas_S, weights, strict=True):
+        total.add_(delta, alpha=weight)
+    return total
+
+
+def _agreeing_mean(deltas_S: torch.Tensor, elected: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """Weighted mean, per element, of the task vectors with the elected sign (-1, 0, 1); 0 where there is none."""
+    total, mass = torch.zeros_like(elected), torch.zeros_like(elected)
+    for delta, weight in zip(deltas_S, weights, strict=True):
+        agrees = (delta * elected).gt_(0)
+        mass.add_(agrees, alpha=weight)
+        total.add_(agrees.mul_(delta), alpha=weight)
+    return total.div_(mass.masked_fill_(mass == 0, 1))
+
+
+def _largest(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Mask of the `keep` largest scores (>= 0) and of all that tie with the smallest of them.
+
+    Keeping ties, as the authors of TIES do, makes the choice independent of the order of the elements; tied task
+    vectors are common where weights are stored in bfloat16. O(n), one copy.
+    """
+    if keep == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    rank = scores.numel() - keep
+    threshold = float(np.partition(scores.numpy().reshape(-1), rank)[rank])
+    return scores >= threshold
+
+
+def _sum_of_squares(values: torch.Tensor) -> float:
+    return sum(float(part.double().square_().sum()) for part in values.reshape(-1).split(1 << 22))
+
+
+def merge(
+    base: Path,
+    students: Sequence[Path],
+    output: Path,
+    *,
+    method: Method,
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
+    scale: float = 1.0,
+    dtype: Dtype | None = None,
+) -> Path:
+    """Merge S students of one base into a new model folder, deterministically.
+
+    Weights are computed in float32 (float64 where stored so) and rounded once. Tensors that are not floating point
+    must be equal in all models. Configuration, tokenizer, chat template and generation configuration are the base's;
+    so are the names of the shards and which tensor is in which. The folder gets its name when all of it is written.
+
+    Args:
+        base: Hugging Face folder of the model that every student was trained from.
+        students: Hugging Face folders with safetensors.
+        output: folder to make; it must not exist.
+        method: one of MERGES.
+        weights: a factor per student. Task arithmetic: any numbers (default 1/S each, the mean task vector; the paper
+            tunes one common factor and finds 0.3 to 0.4 for most pairs and more). TIES: above 0, only their ratios
+            matter. SCE calculates its own: None.
+        density: share of a tensor's elements to keep, in (0, 1]; default 0.2 for TIES and 0.1 for SCE, the papers'
+            values. Task arithmetic keeps all: None.
+        scale: factor on the merged task vector.
+        dtype: number format of the merged weights; default: each tensor's own, which all models must then share.
+
+    Returns:
+        output.
+
+    Raises:
+        ConfigError: no students (SCE: fewer than two), a number out of its range or for a method that has no use for
+            it, or an output that exists or is one of the models.
+        ModelError: a folder without safetensors or with damaged ones, a student whose tensors have other names, shapes
+            or dtypes, values that are not finite.
+    """
+    base, students, output = Path(base), [Path(student) for student in students], Path(output)
+    recipe = _recipe(method, len(students), weights, density, scale)
+    for model in (base, *students):
+        if model.resolve() == output.resolve():
+            raise ConfigError(f"merge: the output {output} is one of the models to merge; name another folder")
+    if output.exists():
+        raise ConfigError(f"merge: the output {output} exists; remove it or name another folder")
+    root, *leaves = [_Folder.open(model) for model in (base, *students)]
+    for leaf in leaves:
+        _check_student(root, leaf, any_float=dtype is not None)
+    half = output.with_name(f".{output.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    try:
+        _copy_rest(base, half, dtype)
+        _write_weights(half, root, leaves, method, recipe, dtype)
+        half.rename(output)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return output
+
+
+def _recipe(method: str, count: int, weights: Sequence[float] | None, density: float | None, scale: float) -> Recipe:
+    if method not in MERGES:
+        raise ConfigError(f"merge: method is {method!r}, it must be one of {', '.join(MERGES)}")
+    if count < (2 if method == "sce" else 1):
+        wanted = "at least 2 students (it keeps what they disagree on)" if method == "sce" else "students"
+        raise ConfigError(f"merge: {method} needs {wanted}, got {count}")
+    if weights is not None:
+        if method == "sce":
+            raise ConfigError("merge: sce calculates the weights of the students itself; leave weights out")
+        if len(weights) != count:
+            raise ConfigError(f"merge: {len(weights)} weights for {count} students; give one per student")
+        if not all(math.isfinite(weight) and (weight > 0 or method == "task_arithmetic") for weight in weights):
+            above = "" if method == "task_arithmetic" else " above 0"
+            raise ConfigError(f"merge: weights are {list(weights)}; {method} needs finite numbers{above}")
+    if density is not None:
+        if method == "task_arithmetic":
+            raise ConfigError("merge: task_arithmetic keeps every element; leave density out")
+        if not 0 < density <= 1:
+            raise ConfigError(f"merge: density is {density}, it must be in (0, 1]: the share of elements to keep")
+    if not math.isfinite(scale):
+        raise ConfigError(f"merge: scale is {scale}, it must be a finite number")
+    return Recipe(
+        weights=tuple(weights) if weights is not None else (1 / count,) * count,
+        density=DENSITIES.get(method, 1.0) if density is None else density,
+        scale=scale,
+    )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What safetensors says of a tensor: its dtype's name ("BF16") and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bits(self) -> int:
+        """Bits per element, which safetensors writes into the name of every dtype but BOOL."""
+        digits = re.search(r"\d+", self.dtype)
+        return int(digits[0]) if digits else 8
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.bits // 8
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+def _merged_kind(kind: _Kind, dtype: Dtype | None) -> _Kind:
+    if dtype is None or kind.dtype not in FLOATS:
+        return kind
+    return next(_Kind(name, kind.shape) for name, value in FLOATS.items() if value == getattr(torch, dtype))
+
+
+@dataclass(frozen=True)
+class _Folder:
+    """The safetensors of one model folder.
+
+    Attributes:
+        path: the folder.
+        files: file name of each tensor.
+        kinds: dtype and shape of each tensor.
+        index: content of model.safetensors.index.json; None where the weights are one file.
+    """
+
+    path: Path
+    files: dict[str, str]
+    kinds: dict[str, _Kind]
+    index: dict[str, Any] | None
+
+    @classmethod
+    def open(cls, path: Path) -> _Folder:
+        """Read which tensors a folder has, and none of their values.
+
+        Raises:
+            ModelError: there are no safetensors, or they are damaged or incomplete.
+        """
+        if (path / INDEX).is_file():
+            try:
+                index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+                files = dict(index["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ModelError(f"{path / INDEX} is damaged: {type(error).__name__}: {error}") from error
+        elif (path / SINGLE).is_file():
+            index, files = None, {}
+        else:
+            raise ModelError(f"{path} has neither {SINGLE} nor {INDEX}; a merge needs complete models in safetensors")
+        kinds: dict[str, _Kind] = {}
+        for file in sorted(set(files.values())) or [SINGLE]:
+            if Path(file).name != file:
+                raise ModelError(f"{path / INDEX} names the file {file!r}, which is not in that folder")
+            try:
+                with safe_open(path / file, framework="pt") as shard:
+                    found = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+                    for name, part in found.items():
+                        if index is None or files.get(name) == file:
+                            kinds[name] = _Kind(part.get_dtype(), tuple(part.get_shape()))
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"cannot read {path / file}: {type(error).__name__}: {error}") from error
+        if index is None:
+            files = dict.fromkeys(kinds, SINGLE)
+        lost = sorted(files.keys() - kinds.keys())
+        if lost:
+            raise ModelError(f"{path}: {INDEX} promises {_some(lost)}, but {files[lost[0]]} lacks {lost[0]}")
+        return cls(path, files, kinds, index)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor, memory-mapped: the mapping goes with the tensor."""
+        with safe_open(self.path / self.files[name], framework="pt") as shard:
+            tensor: torch.Tensor = shard.get_tensor(name)
+        return tensor
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _check_student(base: _Folder, student: _Folder, *, any_float: bool) -> None:
+    def fits(kind: _Kind, other: _Kind) -> bool:
+        return kind == other or (
+            any_float and kind.shape == other.shape and kind.dtype in FLOATS and other.dtype in FLOATS
+        )
+
+    complaints = []
+    if lacks := sorted(base.kinds.keys() - student.kinds.keys()):
+        complaints.append(f"it lacks {_some(lacks)}")
+    if extra := sorted(student.kinds.keys() - base.kinds.keys()):
+        complaints.append(f"only it has {_some(extra)}")
+    both = sorted(base.kinds.keys() & student.kinds.keys())
+    if other := [name for name in both if not fits(base.kinds[name], student.kinds[name])]:
+        pairs = [f"{name} is {student.kinds[name]} instead of {base.kinds[name]}" for name in other]
+        complaints.append(_some(pairs))
+    if complaints:
+        advice = "students must be trained from this base"
+        if other and all(base.kinds[name].shape == student.kinds[name].shape for name in other):
+            advice += "; where only number formats differ, say with dtype which one the merged model gets"
+        raise ModelError(f"{student.path} does not fit the base {base.path}: {'; '.join(complaints)} ({advice})")
+
+
+def _copy_rest(base: Path, folder: Path, dtype: Dtype | None) -> None:
+    """Copy everything but the weights; config.json (and its text_config) says which number format they have."""
+    for path in (path for pattern in COPIED for path in base.glob(pattern)):
+        if path.is_file() and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    if (base / TEMPLATES).is_dir():
+        shutil.copytree(base / TEMPLATES, folder / TEMPLATES)
+    config = folder / "config.json"
+    if dtype is not None and config.exists():
+        tree = {"dtype": dtype, **json.loads(config.read_text(encoding="utf-8"))}
+        config.write_text(json.dumps(_with_dtype(tree, dtype), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _with_dtype(tree: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
+    return {
+        key: dtype
+        if key in ("dtype", "torch_dtype")
+        else _with_dtype(value, dtype)
+        if isinstance(value, dict)
+        else value
+        for key, value in tree.items()
+    }
+
+
+def _write_weights(
+    folder: Path, base: _Folder, students: Sequence[_Folder], method: str, recipe: Recipe, dtype: Dtype | None
+) -> None:
+    """The merged weights, in shards that hold what the base's shards hold."""
+    kinds = {name: _merged_kind(kind, dtype) for name, kind in base.kinds.items()}
+    for file in sorted(set(base.files.values())):
+        part = {name: kind for name, kind in kinds.items() if base.files[name] == file}
+        _write_shard(
+            folder / file, part, lambda name: _merged_tensor(name, base, students, kinds[name], method, recipe)
+        )
+    if base.index is not None:
+        metadata = {**base.index.get("metadata", {}), "total_size": sum(kind.size for kind in kinds.values())}
+        index = {"metadata": metadata, "weight_map": base.files}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _merged_tensor(
+    name: str, base: _Folder, students: Sequence[_Folder], kind: _Kind, method: str, recipe: Recipe
+) -> torch.Tensor:
+    """The merged tensor `name`, of dtype and shape `kind`."""
+    base_tensor, *students_S = [model.tensor(name) for model in (base, *students)]
+    if kind.dtype not in FLOATS:
+        for student, tensor in zip(students, students_S, strict=True):
+            if not torch.equal(base_tensor, tensor):
+                raise ModelError(f"{name} is {kind}, which cannot be merged, and {student.path} differs from the base")
+        return base_tensor
+    for model, tensor in zip((base, *students), (base_tensor, *students_S), strict=True):
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{name} of {model.path} has values that are not finite: was its training interrupted?")
+    merged = MERGES[method](base_tensor, students_S, recipe).to(FLOATS[kind.dtype])
+    if not torch.isfinite(merged).all():
+        raise ModelError(f"the merged {name} leaves the range of {kind.dtype}: lower scale, or choose another dtype")
+    return merged
+
+
+def _write_shard(path: Path, kinds: dict[str, _Kind], tensor_of: Callable[[str], torch.Tensor]) -> None:
+    """Write a safetensors file one tensor at a time (the library's own writer wants all of a file in memory).
+
+    The format: 8 bytes little-endian length of the header, the header in JSON, padded to 8 bytes, then the values.
+    Wide numbers come first, so that every tensor is aligned.
+    """
+    names = sorted(kinds, key=lambda name: (-kinds[name].bits, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        begin, end = end, end + kinds[name].size
+        header[name] = {"dtype": kinds[name].dtype, "shape": list(kinds[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in names:
+            values = tensor_of(name).contiguous().reshape(-1).view(torch.uint8).numpy()
+            assert values.nbytes == kinds[name].size, name
+            values.tofile(file)
+            del values  # or two tensors would be in memory while the next one is computed

@@ -1,0 +1,84 @@
+"""InfiFPO (arXiv 2505.13878): preference optimisation against the teachers' fused sequence probabilities.
+
+lp_m(y) = (1/|y|_m) log M_m(y|x)       |y|_m tokens of y under model m's own tokenizer, end-of-turn counted   eq. 10
+clip:     y_w: lp_i <- max(lp_i, lp_init)      y_l: lp_i <- min(lp_i, lp_init)                                eq. 11
+lp_fu   = lp_{i*},  i* = argmax_i | exp(lp_i) - exp(lp_policy) |     (or a mean, or weighted by confidence)   eq. 12
+u       = beta [ (lp_policy(y_w) - lp_fu(y_w)) - (lp_policy(y_l) - lp_fu(y_l)) ]
+L       = pairmean -log sigmoid(u)                                                                            eq. 13
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from rayfuse.batch import Counts, FusionBatch, TeacherTarget
+from rayfuse.config import InfiFPO, Preference
+from rayfuse.losses import fpo_loss, fuse_logps
+
+Sides = dict[str, torch.Tensor]
+
+
+def infifpo_loss(
+    stage: InfiFPO, logps_N: torch.Tensor, batch: FusionBatch, totals: Counts
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """This micro-batch's share of the mean over the pairs of the global batch.
+
+    The last of `batch.targets` is the model that the stage starts from; the others are the teachers.
+    """
+    *teachers, initial = [of_model(stage, target, logps_N.device) for target in batch.targets]
+    policy = of_policy(stage, logps_N, batch)
+    fused = {side: _fuse(stage, teachers, initial, policy, side) for side in ("chosen", "rejected")}
+    return preference_loss(stage, policy, fused, totals)
+
+
+def _fuse(
+    stage: InfiFPO, teachers: Sequence[Sides], initial: Sides, policy: Sides, side: Literal["chosen", "rejected"]
+) -> torch.Tensor:
+    current = policy if stage.margin_from == "policy" else initial
+    teachers_SP = torch.stack([teacher[side] for teacher in teachers])
+    return fuse_logps(teachers_SP, initial[side], current[side].detach(), side=side, rule=stage.rule, clip=stage.clip)
+
+
+def preference_loss(
+    stage: Preference, policy: Sides, reference: Sides, totals: Counts
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of the policy's log-probabilities against a reference's, and what to watch: accuracy and margin."""
+    loss_P = fpo_loss(
+        policy["chosen"],
+        policy["rejected"],
+        reference["chosen"],
+        reference["rejected"],
+        beta=stage.beta,
+        variant=stage.variant,
+    )
+    pairs = totals.samples / 2
+    margin_P = (policy["chosen"] - reference["chosen"]) - (policy["rejected"] - reference["rejected"])
+    parts = {
+        "preferred": (policy["chosen"] > policy["rejected"]).sum().float() / pairs,
+        "margin": stage.beta * margin_P.detach().sum() / pairs,
+    }
+    return loss_P.sum() / pairs, parts
+
+
+def of_policy(stage: Preference, logps_N: torch.Tensor, batch: FusionBatch) -> Sides:
+    """The student's own log-probability of each response, by side of the pair; differentiable."""
+    sample_N = torch.from_numpy(batch.sample).to(logps_N.device)
+    logps_B = logps_N.new_zeros(len(batch.input_ids)).index_add(0, sample_N, logps_N)
+    return _sides(stage, logps_B, torch.bincount(sample_N, minlength=len(logps_B)))
+
+
+def of_model(stage: Preference, target: TeacherTarget, device: torch.device) -> Sides:
+    """Another model's log-probability of each response, by side of the pair."""
+    assert target.response_logps is not None
+    assert target.response_tokens is not None
+    return _sides(
+        stage, torch.from_numpy(target.response_logps).to(device), torch.from_numpy(target.response_tokens).to(device)
+    )
+
+
+def _sides(stage: Preference, logps_B: torch.Tensor, tokens_B: torch.Tensor) -> Sides:
+    normalised_B = logps_B / tokens_B if stage.length_norm else logps_B
+    return {"chosen": normalised_B[0::2], "rejected": normalised_B[1::2]}
