@@ -142,15 +142,15 @@ def _preference_text(stage: Preference) -> str:
 def _infifpo_text(stage: InfiFPO, config: Config) -> str:
     clip = ", clipped by the model that the stage starts from" if stage.clip else ""
     return (
-        f"`infifpo` (InfiFPO, [arXiv 2505.13878](https://arxiv.org/abs/2505.13878)): {_preference_text(stage)}, against "
-        f"the teachers fused by {stage.rule}{clip}."
+        f"`infifpo` (InfiFPO, [arXiv 2505.13878](https://arxiv.org/abs/2505.13878)): {_preference_text(stage)}, "
+        f"against the teachers fused by {stage.rule}{clip}."
     )
 
 
 def _dpo_text(stage: DPO, config: Config) -> str:
     return (
-        f"`dpo` (DPO, [arXiv 2305.18290](https://arxiv.org/abs/2305.18290)): {_preference_text(stage)}, against the model "
-        "that the stage starts from."
+        f"`dpo` (DPO, [arXiv 2305.18290](https://arxiv.org/abs/2305.18290)): {_preference_text(stage)}, against the "
+        "model that the stage starts from."
     )
 
 

@@ -155,8 +155,8 @@ def decode(blob: bytes, metadata: Mapping[str, Any]) -> TopKSignals:
 
 
 def _content_hash(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.sha256()  # twice as fast as BLAKE2 where the processor has instructions for it
     for name in sorted(arrays):
-        digest.update(f"{name}{arrays[name].shape}{arrays[name].dtype}".encode())
+        digest.update(f"{name}{arrays[name].shape}{arrays[name].dtype.str}".encode())
         digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()

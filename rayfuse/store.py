@@ -72,21 +72,17 @@ class SignalStore:
 
     def _create_local(self, path: str, blob: bytes) -> bool:
         """Write beside, then link: the name appears with its whole content, and only for the first writer."""
-        folder, name = os.path.split(path)
-        beside = f"{folder}/.{name}.{uuid.uuid4().hex}"
+        final = Path(path)
+        if not final.parent.is_dir():
+            final.parent.mkdir(parents=True, exist_ok=True)
+        beside = final.parent / f".{final.name}.{uuid.uuid4().hex}"
         try:
-            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileNotFoundError:  # the first of its folder
-            os.makedirs(folder, exist_ok=True)
-            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        try:
-            with open(descriptor, "wb", buffering=0) as file:
-                file.write(blob)
-            os.link(beside, path)
+            beside.write_bytes(blob)
+            os.link(beside, final)
         except FileExistsError:
             return False
         finally:
-            os.unlink(beside)
+            beside.unlink(missing_ok=True)
         return True
 
     def _create(self, path: str, blob: bytes) -> bool:
