@@ -42,6 +42,8 @@ class FusionBatch:
         labels: [N] int64, the token each of them predicts (the last of a sample: end-of-turn).
         sample: [N] int64, which of the B samples a position belongs to.
         targets: one per teacher, in the order of the spec.
+        soft_ids, soft_mass: int64 and float32 [N, M] or None: the teachers' probabilities on the student's own tokens,
+            each row summing to 1; column 0 is the label (byte-prefix distillation).
         stats: what it took: teacher name -> samples forwarded and found in the store, seconds, cut prompts.
     """
 
@@ -51,6 +53,8 @@ class FusionBatch:
     labels: np.ndarray
     sample: np.ndarray
     targets: tuple[TeacherTarget, ...] = ()
+    soft_ids: np.ndarray | None = None
+    soft_mass: np.ndarray | None = None
     stats: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rayfuse.config import DPO, SFT, Config, Distillation, InfiFPO, InfiFusion, InfiGFusion, Preference, Stage
+from rayfuse.config import DPO, SFT, ByteKD, Config, Distillation, InfiFPO, InfiFusion, InfiGFusion, Preference, Stage
 from rayfuse.results import ALL, BITS, best, caveat, columns, headline, label, score
 
 PATH_KEYS = frozenset({"model", "tokenizer", "trust_remote_code", "gguf_file", "path", "output", "store"})
@@ -134,6 +134,14 @@ def _distillation_text(stage: Distillation, config: Config) -> str:
     )
 
 
+def _bytekd_text(stage: ByteKD, config: Config) -> str:
+    return (
+        f"`bytekd` (byte-prefix distillation): cross-entropy against {1 - stage.lam:g} x the written text + "
+        f"{stage.lam:g} x the teachers' top-{config.signals.k} probabilities, carried byte by byte onto the student's "
+        "tokens."
+    )
+
+
 def _preference_text(stage: Preference) -> str:
     norm = "length-normalised" if stage.length_norm else "summed"
     return f"{stage.variant} loss with beta {stage.beta:g} on {norm} log-probabilities of preference pairs"
@@ -158,6 +166,7 @@ STAGE_TEXTS: dict[type[Stage], Callable[[Any, Config], str]] = {
     SFT: lambda stage, config: "`sft`: cross-entropy on the assistant's turns.",
     InfiFusion: _infifusion_text,
     InfiGFusion: _infigfusion_text,
+    ByteKD: _bytekd_text,
     InfiFPO: _infifpo_text,
     DPO: _dpo_text,
 }

@@ -185,6 +185,17 @@ class InfiGFusion(Distillation):
     alpha: float = Field(1.0, ge=0, description="weight of the graph distance beside the rank distance")
 
 
+class ByteKD(Stage):
+    """Byte-prefix distillation (ours): the teachers' probabilities carried onto the student's tokens, byte by byte."""
+
+    method: Literal["bytekd"] = "bytekd"
+    lam: float = Field(
+        0.5, ge=0, le=1, description="share of the teachers in the target; 1 - lam is the written text's"
+    )
+    width: int = Field(16, ge=2, description="student tokens kept per position in the teachers' target")
+    temper: float = Field(1.0, ge=0, description="how strongly a teacher's likelihood of the response weighs; 0: equal")
+
+
 class Preference(Stage):
     """What the stages on preference pairs share. They read `preferences`, and batch_size counts pairs."""
 
@@ -215,6 +226,7 @@ STAGES: dict[str, type[Stage]] = {
     "sft": SFT,
     "infifusion": InfiFusion,
     "infigfusion": InfiGFusion,
+    "bytekd": ByteKD,
     "infifpo": InfiFPO,
     "dpo": DPO,
 }
@@ -268,6 +280,7 @@ AnyStage = Annotated[
     Annotated[SFT, Tag("sft")]
     | Annotated[InfiFusion, Tag("infifusion")]
     | Annotated[InfiGFusion, Tag("infigfusion")]
+    | Annotated[ByteKD, Tag("bytekd")]
     | Annotated[InfiFPO, Tag("infifpo")]
     | Annotated[DPO, Tag("dpo")],
     Discriminator(_stage_tag),
@@ -339,7 +352,7 @@ class Config(Section):
                     f"{where}: a step has {units} units (batch_size / unit_size), which {self.student.workers} "
                     "workers cannot share equally"
                 )
-            if isinstance(stage, Distillation | InfiFPO) and not self.teachers:
+            if isinstance(stage, Distillation | ByteKD | InfiFPO) and not self.teachers:
                 raise ValueError(f"{where} needs at least one teacher")
             if isinstance(stage, Distillation) and stage.k is not None and stage.k > self.signals.k:
                 raise ValueError(f"{where}: k {stage.k} is more than signals.k {self.signals.k}")

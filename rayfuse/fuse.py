@@ -27,7 +27,7 @@ from rich.console import Console
 
 from rayfuse import resources
 from rayfuse.card import write_card
-from rayfuse.config import Config, Data, Model, Teacher, config_json
+from rayfuse.config import ByteKD, Config, Data, Model, Teacher, config_json
 from rayfuse.data import DataCounts
 from rayfuse.errors import CheckpointError
 from rayfuse.evaluate import evaluate_model, read_items
@@ -170,6 +170,7 @@ def _stage_job(config: Config, index: int, fingerprints: dict[str, str], sources
         max_length=data.max_length,
         graphs=method.uses_graphs,
         responses=method.uses_preferences,
+        soft=(stage.width, stage.temper) if isinstance(stage, ByteKD) else None,
     )
     identity = {
         "stage": stage.model_dump(mode="json", exclude={"save_every", "keep"}),

@@ -1,9 +1,8 @@
 """Merging the students of a pairwise run (InfiFusion_p): one model from S students that were trained from one base.
 
 A student is its base plus a task vector, delta_s = student_s - base. The three methods differ in how they add the task
-vectors up, tensor by tensor. Everything is read from and written to safetensors one tensor at a time, so that a merge
-needs memory for S + 4 copies of the model's largest tensor in float32, however many there are; what is read is
-mapped, not loaded.
+vectors up, tensor by tensor. Weights are read and written one tensor at a time: the files are mapped, not loaded, and
+the arithmetic takes the memory of about S + 4 copies of the largest tensor in float32, however large the model is.
 
 Shapes: every tensor of the model is its own case; `students_S` and `deltas_S` are S tensors of the base tensor's shape.
 """
@@ -129,9 +128,9 @@ def _weighted_sum(deltas_S: torch.Tensor, weights: Sequence[float]) -> torch.Ten
 
 def _agreeing_mean(deltas_S: torch.Tensor, elected: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
     """Weighted mean, per element, of the task vectors with the elected sign (-1, 0, 1); 0 where there is none."""
-    total, mass = torch.zeros_like(elected), torch.zeros_like(elected)
+    total, mass, agrees = torch.zeros_like(elected), torch.zeros_like(elected), torch.empty_like(elected)
     for delta, weight in zip(deltas_S, weights, strict=True):
-        agrees = (delta * elected).gt_(0)
+        torch.mul(delta, elected, out=agrees).gt_(0)
         mass.add_(agrees, alpha=weight)
         total.add_(agrees.mul_(delta), alpha=weight)
     return total.div_(mass.masked_fill_(mass == 0, 1))
@@ -151,7 +150,7 @@ def _largest(scores: torch.Tensor, keep: int) -> torch.Tensor:
 
 
 def _sum_of_squares(values: torch.Tensor) -> float:
-    return sum(float(part.double().square_().sum()) for part in values.reshape(-1).split(1 << 22))
+    return sum(float(part.double().square().sum()) for part in values.reshape(-1).split(1 << 22))
 
 
 def merge(

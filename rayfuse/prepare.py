@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 import ray
 
-from rayfuse.alignment import align, align_by_position
+from rayfuse.alignment import align, align_by_position, token_bytes
 from rayfuse.batch import FusionBatch, TeacherTarget
+from rayfuse.carry import PrefixMap, TeacherSide, carry, mix, teacher_weights
 from rayfuse.config import Model, Teacher
 from rayfuse.data import Sample
 from rayfuse.errors import MissingSignalsError, RayfuseError
@@ -49,6 +50,7 @@ class PrepareSpec:
         max_length: student tokens; longer prompts are cut from the left.
         graphs: whether the batch carries the features of the teachers' logit graphs.
         responses: whether it carries log-probabilities of whole responses instead of aligned top-K logits.
+        soft: (width, temper) where it carries the teachers' mass on the student's tokens; see carry.
     """
 
     student: Model
@@ -59,6 +61,7 @@ class PrepareSpec:
     max_length: int
     graphs: bool = False
     responses: bool = False
+    soft: tuple[int, float] | None = None
 
 
 class Preparer:
@@ -69,6 +72,10 @@ class Preparer:
         self.spec = spec
         self.renderer = Renderer(load_tokenizer(spec.student))
         self.store = SignalStore(spec.store)
+        if spec.soft:
+            self.prefixes = PrefixMap(token_bytes(self.renderer.tokenizer))
+            renderers = [Renderer(load_tokenizer(teacher)) for teacher, _ in spec.teachers]
+            self.readers = [(token_bytes(renderer.tokenizer), renderer.end_of_turn) for renderer in renderers]
         self.scorers = [ask(teacher, fingerprint) for teacher, fingerprint in spec.teachers]
 
     def __call__(self, samples: Sequence[Sample]) -> FusionBatch:
@@ -85,9 +92,10 @@ class Preparer:
             self._target(teacher, rendered, of_teacher, samples)
             for of_teacher, (teacher, _) in zip(signals, self.spec.teachers, strict=True)
         )
+        soft_ids, soft_mass = self._soft(samples, rendered, signals) if self.spec.soft else (None, None)
         stats["cut"] = sum(item.cut > 0 for item in rendered)
         stats["seconds"] = time.perf_counter() - begun
-        return _pack_batch(rendered, targets, stats)
+        return replace(_pack_batch(rendered, targets, stats), soft_ids=soft_ids, soft_mass=soft_mass)
 
     def _render(self, sample: Sample) -> Rendered:
         try:
@@ -125,6 +133,25 @@ class Preparer:
         stats["damaged"] = self.store.damaged
         self.store.damaged = 0
         return signals
+
+    def _soft(
+        self, samples: Sequence[Sample], rendered: Sequence[Rendered], signals: Sequence[Sequence[TopKSignals]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The teachers' mass on the student's tokens at every predicted position: ids and mass [N, M]."""
+        assert self.spec.soft is not None
+        width, temper = self.spec.soft
+        ids, mass = [], []
+        for b, (sample, item) in enumerate(zip(samples, rendered, strict=True)):
+            labels = item.response_ids.tolist()
+            carried = [
+                carry(TeacherSide(of_teacher[b], *reader), sample.response.encode(), item.ends, labels, self.prefixes)
+                for of_teacher, reader in zip(signals, self.readers, strict=True)
+            ]
+            weights = teacher_weights([of_teacher[b] for of_teacher in signals], temper)
+            of_sample = mix(carried, weights.tolist(), labels, width)
+            ids.append(of_sample[0])
+            mass.append(of_sample[1])
+        return np.concatenate(ids), np.concatenate(mass)
 
     def _target(
         self,

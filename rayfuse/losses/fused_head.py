@@ -38,6 +38,7 @@ class HeadOutput:
     lse: torch.Tensor  # [N] float32 log-sum-exp of the position's logits
     label_logps: torch.Tensor  # [N] float32 log-probability of the label, 0 where it is ignored
     count: int  # labels that are not ignored
+    picked: torch.Tensor | None = None  # [N, M] float32 logits at the asked ids; differentiable
 
 
 def fused_head(
@@ -52,19 +53,20 @@ def fused_head(
     valid_vocab: int | None = None,
     ignore_index: int = -100,
     chunk: int | None = None,
+    picks: torch.Tensor | None = None,
 ) -> HeadOutput:
     """Mean cross-entropy and top-K logits of hidden [N, H] under the head weight [V, H] (bias [V]).
 
     labels: [N], the token that follows each position, `ignore_index` where there is none to learn; the top-K is given
-    for those positions too. `scale`, `softcap` and `valid_vocab` describe the head, see head.Head. The gradient of a
-    loss on `topk` holds the kept ids fixed, as that of torch.topk does. A weight shared with the embedding works like
-    any other use of a parameter.
+    for those positions too. `picks` [N, M]: ids whose logits are wanted besides the top-K. `scale`, `softcap` and
+    `valid_vocab` describe the head, see head.Head. The gradient of a loss on `topk` holds the kept ids fixed, as that
+    of torch.topk does. A weight shared with the embedding works like any other use of a parameter.
 
-    Time: 3 N V H multiply-adds for values and gradients (N V H where no gradient is asked for), 2 N k H more for the
-    top-K's gradient. Memory beyond inputs and outputs: `chunk * V * 4` bytes of logits (times 2 with softcap, plus
-    `chunk * V * 2` below float32), `V * H * 4` for the weight's gradient and `N * H * 4` for the hidden states'
-    (below float32, `V * H * 2` more while a chunk's weight gradient is added), and 64 MiB for gathered rows. `chunk`
-    defaults to as many positions as make 64 MiB of logits. Gradients are summed in float32 (float64 for float64
+    Time: 3 N V H multiply-adds for values and gradients (N V H where no gradient is asked for), 2 N (k + M) H more for
+    the gradient of top-K and picks. Memory beyond inputs and outputs: `chunk * V * 4` bytes of logits (times 2 with
+    softcap, plus `chunk * V * 2` below float32), `V * H * 4` for the weight's gradient and `N * H * 4` for the hidden
+    states' (below float32, `V * H * 2` more while a chunk's weight gradient is added), and 64 MiB for gathered rows.
+    `chunk` defaults to as many positions as make 64 MiB of logits. Gradients are summed in float32 (float64 for float64
     input) and cast once. On a CPU the same input gives the same bits; on CUDA the scattered sum of the top-K's weight
     gradient is ordered only under torch.use_deterministic_algorithms.
 
@@ -73,13 +75,24 @@ def fused_head(
     """
     head = Head(scale, softcap, valid_vocab)
     check_inputs(hidden, weight, labels, k, bias, head, ignore_index)
+    if picks is not None:
+        _check_picks(picks, len(hidden), valid_vocab or len(weight))
     count = int((labels != ignore_index).sum())
     gradients = torch.is_grad_enabled()
     with torch.autocast(hidden.device.type, enabled=False):
-        loss_ce, topk, ids, lse, label_logps = _FusedHead.apply(
-            hidden, weight, bias, labels, k, head, ignore_index, chunk, count, gradients
+        loss_ce, topk, ids, lse, label_logps, picked = _FusedHead.apply(
+            hidden, weight, bias, labels, k, head, ignore_index, chunk, count, gradients, picks
         )
-    return HeadOutput(loss_ce, topk, ids, lse, label_logps, count)
+    return HeadOutput(loss_ce, topk, ids, lse, label_logps, count, None if picks is None else picked)
+
+
+def _check_picks(picks: torch.Tensor, positions: int, vocabulary: int) -> None:
+    if picks.ndim != 2 or len(picks) != positions:
+        raise LossError(f"fused_head: picks must be [N, M] with N = {positions}, got {tuple(picks.shape)}")
+    if picks.numel() and not 0 <= int(picks.min()) <= int(picks.max()) < vocabulary:
+        raise LossError(
+            f"fused_head: picks hold {int(picks.min())}..{int(picks.max())}, the vocabulary is 0..{vocabulary - 1}"
+        )
 
 
 class _FusedHead(torch.autograd.Function):
@@ -96,12 +109,15 @@ class _FusedHead(torch.autograd.Function):
         chunk: int | None,
         count: int,
         gradients: bool,
+        picks: torch.Tensor | None,
     ) -> tuple[torch.Tensor, ...]:
         N = len(hidden)
         weight_VH, bias_V = valid_rows(weight, bias, head)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         topk = hidden.new_empty((N, k), dtype=wide)
         ids = labels.new_empty((N, k), dtype=torch.int64)
+        picks = labels.new_empty((N, 0), dtype=torch.int64) if picks is None else picks
+        picked = hidden.new_empty(picks.shape, dtype=wide)
         lse = hidden.new_empty(N, dtype=wide)
         label_logps = hidden.new_empty(N, dtype=wide)
         wants = [gradients and need for need in ctx.needs_input_grad[:3]]
@@ -113,6 +129,7 @@ class _FusedHead(torch.autograd.Function):
         for rows in chunks(N, len(weight_VH), chunk):
             logits_CV = chunk_logits(hidden[rows], weight_VH, bias_V, head)
             topk[rows], ids[rows] = block_topk(logits_CV, k)
+            picked[rows] = logits_CV.gather(1, picks[rows])
             label_C, ignored_C = label_logits(logits_CV, labels[rows], ignore_index)
             slope_CV = logits_CV.square() if any(wants) and head.softcap is not None else None
             lse[rows], sums_C1 = exp_in_place(logits_CV, topk[rows, :1])
@@ -127,14 +144,14 @@ class _FusedHead(torch.autograd.Function):
 
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(ids, lse, label_logps)
-        ctx.save_for_backward(hidden, weight, topk, ids)
+        ctx.save_for_backward(hidden, weight, topk, ids, picked, picks)
         ctx.grads, ctx.head, ctx.count, ctx.dtypes = grads, head, count, (hidden.dtype, weight.dtype)
-        return -label_logps.sum() / max(count, 1), topk, ids, lse, label_logps
+        return -label_logps.sum() / max(count, 1), topk, ids, lse, label_logps, picked
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(  # type: ignore[override]
-        ctx: Any, grad_loss: torch.Tensor | None, grad_topk: torch.Tensor | None, *_: None
+        ctx: Any, grad_loss: torch.Tensor | None, grad_topk: torch.Tensor | None, *others: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         if ctx.grads is None:
             raise LossError(
@@ -142,30 +159,31 @@ class _FusedHead(torch.autograd.Function):
                 "add the losses and call backward on the sum, or call fused_head again"
             )
         grads, ctx.grads = ctx.grads, None
-        hidden, weight, topk, ids = ctx.saved_tensors
+        hidden, weight, topk, ids, picked, picks = ctx.saved_tensors
         for grad in grads:
             if grad is not None:
                 grad.mul_(0.0 if grad_loss is None else grad_loss / max(ctx.count, 1))
-        if grad_topk is not None:
-            _add_topk_gradient(grads, grad_topk, topk, ids, hidden, weight, ctx.head)
+        for grad_values, values, of_ids in ((grad_topk, topk, ids), (others[-1], picked, picks)):
+            if grad_values is not None and of_ids.numel():
+                _add_gathered_gradient(grads, grad_values, values, of_ids, hidden, weight, ctx.head)
         cast = [None if grad is None else grad.to(hidden.dtype) for grad in grads]
-        return *cast, *[None] * 7
+        return *cast, *[None] * 8
 
 
-def _add_topk_gradient(
+def _add_gathered_gradient(
     grads: list[torch.Tensor | None],
-    grad_topk: torch.Tensor,
-    topk: torch.Tensor,
+    grad_values: torch.Tensor,
+    values: torch.Tensor,
     ids: torch.Tensor,
     hidden: torch.Tensor,
     weight: torch.Tensor,
     head: Head,
 ) -> None:
-    """Add the gradient that arrives on the kept logits: N k H work, at most 64 MiB of gathered rows at a time."""
+    """Add the gradient that arrives on the logits of ids [N, k]: N k H work, at most 64 MiB gathered at a time."""
     grad_hidden, grad_weight, grad_bias = grads
     N, k = ids.shape
-    inner_Nk = grad_topk.clone()
-    to_inner_logits(inner_Nk, topk.square(), head)
+    inner_Nk = grad_values.clone()
+    to_inner_logits(inner_Nk, values.square(), head)
     if grad_bias is not None:
         grad_bias.index_add_(0, ids.flatten(), inner_Nk.flatten())
     rows_at_once = max(1, CHUNK_BYTES // (4 * k * hidden.shape[1]))

@@ -16,6 +16,7 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Config, Stage
+from rayfuse.stages.bytekd import bytekd_loss
 from rayfuse.stages.dpo import dpo_loss
 from rayfuse.stages.infifpo import infifpo_loss
 from rayfuse.stages.infifusion import infifusion_loss
@@ -48,6 +49,7 @@ METHODS: dict[str, Method] = {
     "sft": Method(sft_loss, uses_teachers=False),
     "infifusion": Method(infifusion_loss, uses_teachers=True),
     "infigfusion": Method(infigfusion_loss, uses_teachers=True, uses_graphs=True),
+    "bytekd": Method(bytekd_loss, uses_teachers=True),
     "infifpo": Method(infifpo_loss, uses_teachers=True, uses_preferences=True),
     "dpo": Method(dpo_loss, uses_teachers=False, uses_preferences=True),
 }

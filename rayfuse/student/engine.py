@@ -43,7 +43,7 @@ class _HiddenToHead(nn.Module):
         weight = layer.weight.to(self.dtype)
         if k is None:
             return token_logps(hidden_NH, weight, batch["labels"], **layer.options())
-        return fused_head(hidden_NH, weight, batch["labels"], k, **layer.options())
+        return fused_head(hidden_NH, weight, batch["labels"], k, picks=batch.get("soft_ids"), **layer.options())
 
 
 class TorchEngine:
@@ -83,8 +83,9 @@ class TorchEngine:
 
         A preference loss weighs a response by how the whole pair scored, so it needs the second form.
         """
-        fields = ("input_ids", "attention_mask", "positions", "labels")
-        tensors = {name: torch.from_numpy(getattr(batch, name)).to(self.device) for name in fields}
+        fields = ("input_ids", "attention_mask", "positions", "labels", "soft_ids")
+        arrays = {name: getattr(batch, name) for name in fields if getattr(batch, name) is not None}
+        tensors = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
         output: HeadOutput | torch.Tensor = self.module(tensors, k)
         return output
 
