@@ -164,6 +164,15 @@ def _suffixes(stages: dict[str, list[Record]], prefix: str) -> list[str]:
     return list(dict.fromkeys(key.removeprefix(prefix) for r in records for key in r if key.startswith(prefix)))
 
 
+OTHER_CURVES = {
+    "loss_kl": ("distance to the teachers' mixture", "KL, nats per token"),
+    "label_mass": ("teachers' share for the written token", "mean probability"),
+    "margin": ("margin", "beta x (chosen - rejected)"),
+    "preferred": ("chosen more likely than rejected", "share of pairs"),
+}
+"""Curves of single methods: metric -> title and unit."""
+
+
 def _loss_section(stages: dict[str, list[Record]]) -> str:
     colors, blocks = _colors(stages), []
     bad = 0
@@ -188,6 +197,9 @@ def _loss_section(stages: dict[str, list[Record]]) -> str:
         elif "loss_sft" in records[0]:
             curve = _curve(records, "loss_sft", "sft", SERIES[0])
             panels = [charts.curve_panel("total = sft part", "nats per token", [curve])]
+        for key, (title, unit) in OTHER_CURVES.items():
+            if key in records[0]:
+                panels.append(charts.curve_panel(title, unit, [_curve(records, key, title, SERIES[0])]))
         smooth = charts.window(len(records))
         text = f"mean over {smooth} steps, each step faintly" if smooth > 1 else "each step"
         blocks.append(f'<h3>{escape(stage)} <span class="unit">{text}; the number is the line\'s end</span></h3>')

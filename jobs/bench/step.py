@@ -1,11 +1,13 @@
 """Seconds per optimiser step of SFT, InfiFusion and InfiGFusion on one student, the teachers' signals being there.
 
-    python jobs/bench/step.py [--hidden 384] [--layers 4] [--vocabulary 65536] [--steps 8] [--profile] [--quick]
+    python jobs/bench/step.py [--hidden 384] [--layers 4] [--vocabulary 65536] [--steps 8] [--threads 1] [--profile]
+        [--quick]
 
 One process, one student, one optimiser: the methods take turns step by step, on batches that a Preparer made beforehand
 from a warm store, so that only the student's own time is compared. The teachers are three stubs with random top-10
 signals whose tokens end at words. A ratio is the median over rounds of a step's time over SFT's in the same round.
-SFT takes the top-K too here, as in a run; jobs/bench/head.py compares the head with cross-entropy alone.
+SFT takes the top-K too here, as in a run; jobs/bench/head.py compares the head with cross-entropy alone. On a machine
+that others use, look at the ratio of processor seconds with `--threads 1`: waiting threads burn processor time too.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from rayfuse.student.engine import TorchEngine
 
 K, TEACHERS, BATCHES = 10, 3, 3
 WORDS = re.compile(r" ?\w+| ?[^\w\s]+|\s+")
+PHASES = ("forward", "loss", "backward", "update")
 Phases = dict[str, float]
 
 
@@ -93,7 +96,8 @@ def make_batches(
 
 
 def one_step(engine: TorchEngine, stage: Stage, batch: FusionBatch) -> Phases:
-    """What a worker does for a step of one unit; seconds of its phases."""
+    """What a worker does for a step of one unit; seconds of its phases, and processor seconds of the whole."""
+    cpu = time.process_time()
     marks = [time.perf_counter()]
     head = engine.forward(batch, K)
     marks.append(time.perf_counter())
@@ -101,11 +105,11 @@ def one_step(engine: TorchEngine, stage: Stage, batch: FusionBatch) -> Phases:
     marks.append(time.perf_counter())
     engine.backward(loss)
     marks.append(time.perf_counter())
-    assert all(np.isfinite(float(value)) for value in [loss, *parts.values()])
+    assert all(np.isfinite(float(value)) for value in [loss.detach(), *parts.values()])
     engine.step(1e-6)
     marks.append(time.perf_counter())
     phases = [b - a for a, b in zip(marks, marks[1:], strict=False)]
-    return dict(zip(("forward", "loss", "backward", "update"), phases, strict=True))
+    return {**dict(zip(PHASES, phases, strict=True)), "seconds": sum(phases), "cpu": time.process_time() - cpu}
 
 
 def profile(engine: TorchEngine, stages: dict[str, Stage], batches: dict[str, list[FusionBatch]]) -> None:
@@ -129,11 +133,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="samples per step")
     parser.add_argument("--bytes", type=int, default=460, help="bytes per response; about 128 tokens with the prompt")
     parser.add_argument("--steps", type=int, default=8, help="steps per method; the median counts")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--profile", action="store_true", help="one more step of each under torch.profiler")
     parser.add_argument("--quick", action="store_true", help="a few seconds, numbers without meaning")
     args = parser.parse_args()
     if args.quick:
         args.hidden, args.layers, args.vocabulary, args.samples, args.steps = 32, 1, 5000, 2, 2
+    torch.set_num_threads(args.threads)
     text = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text().encode("ascii", "ignore").decode()
     folder = Path(tempfile.mkdtemp(prefix="rayfuse-bench-"))
     try:
@@ -180,14 +186,17 @@ def measure(
             phases = one_step(engine, stages[name], batches[name][turn % BATCHES])
             if turn >= 0:
                 taken[name].append(phases)
-    sft = [sum(phases.values()) for phases in taken["sft"]]
     for name in names:
-        seconds = [sum(phases.values()) for phases in taken[name]]
-        ratio = statistics.median(a / b for a, b in zip(seconds, sft, strict=True))
-        parts = ", ".join(f"{p} {statistics.median(x[p] for x in taken[name]) * 1e3:.1f}" for p in taken[name][0])
+        middle = {key: statistics.median(phases[key] for phases in taken[name]) for key in taken[name][0]}
+        ratio = {
+            key: statistics.median(a[key] / b[key] for a, b in zip(taken[name], taken["sft"], strict=True))
+            for key in ("seconds", "cpu")
+        }
         print(
-            f"{name:<12} {statistics.median(seconds):7.3f} s per step  {ratio:6.3f} x SFT  (ms: {parts}); "
-            f"prepare task {prepared[name]:.1f} ms"
+            f"{name:<12} {middle['seconds']:7.3f} s per step  {ratio['seconds']:6.3f} x SFT  "
+            f"{middle['cpu']:7.3f} CPU s  {ratio['cpu']:6.3f} x SFT  "
+            f"(ms: {', '.join(f'{part} {middle[part] * 1e3:.1f}' for part in PHASES)}); "
+            f"prepare task {prepared[name]:.1f} CPU ms"
         )
 
 

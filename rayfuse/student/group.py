@@ -25,7 +25,8 @@ def train_group(job: StageJob) -> Path:
     would only come again, and can give up while a group starts, whatever they were told.
 
     Raises:
-        RayfuseError: the workers failed on an input or a setting; trying again would not help.
+        RayfuseError: the workers failed on an input or a setting, or by a fault in the code; trying again would not
+            help.
         StudentError: the group failed more than `max_failures` times.
     """
     student = job.config.student

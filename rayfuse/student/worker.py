@@ -18,10 +18,12 @@ from typing import Any, cast
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayError
 
 from rayfuse import resources
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Config, Data, Stage
+from rayfuse.errors import RayfuseError, StudentError
 from rayfuse.metrics import MetricsWriter
 from rayfuse.prepare import PrepareSpec, prepare_unit
 from rayfuse.stages import METHODS, ranks
@@ -131,7 +133,20 @@ def train_in_group(loop_config: dict[str, StageJob]) -> None:
     import ray.train
 
     context = ray.train.get_context()
-    train(loop_config["job"], rank=context.get_world_rank(), world=context.get_world_size())
+    world = context.get_world_size()
+    try:
+        train(loop_config["job"], rank=context.get_world_rank(), world=world)
+    except torch.OutOfMemoryError as error:
+        raise StudentError(
+            f"out of memory on the student's device: lower unit_size (samples of one micro-step) or max_length of the "
+            f"data, or set student.gradient_checkpointing: true. {error}"
+        ) from error
+    except (RayfuseError, RayError):
+        raise
+    except Exception as error:
+        if world > 1 and isinstance(error, RuntimeError):
+            raise  # the loss of another worker shows as a broken connection: the group may start again
+        raise StudentError(f"the training loop failed: {type(error).__name__}: {error}") from error
 
 
 def train(job: StageJob, rank: int, world: int) -> None:
