@@ -110,8 +110,9 @@ def _epochs(number: float) -> str:
 
 
 def _infifusion_text(stage: InfiFusion, config: Config) -> str:
+    form = f"pairwise, merged by {stage.merge.method}" if stage.merge else "unified"
     return (
-        f"`infifusion` (unified InfiFusion, [arXiv 2501.02795](https://arxiv.org/abs/2501.02795)): "
+        f"`infifusion` ({form} InfiFusion, [arXiv 2501.02795](https://arxiv.org/abs/2501.02795)): "
         f"{_distillation_text(stage, config)}."
     )
 

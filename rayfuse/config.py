@@ -172,10 +172,26 @@ class Distillation(Stage):
     over_teachers: Literal["sum", "mean"] = Field("sum", description="how the teachers' distances are added up")
 
 
+class Merge(Section):
+    """How the students of pairwise InfiFusion become one model."""
+
+    method: Literal["task_arithmetic", "ties", "sce"] = Field(description="formula of the merge")
+    density: float | None = Field(
+        None, gt=0, le=1, description="share of each tensor's elements kept by ties (default 0.2) and sce (0.1)"
+    )
+    scale: float = Field(1.0, gt=0, description="factor on the merged difference to the model the stage starts from")
+
+
 class InfiFusion(Distillation):
-    """Unified InfiFusion (arXiv 2501.02795): cross-entropy plus the standardised top-K distance to every teacher."""
+    """InfiFusion (arXiv 2501.02795): cross-entropy plus the standardised top-K distance to the teachers.
+
+    Unified: one student learns from all teachers. Pairwise (`merge` given): a student per teacher, then merged.
+    """
 
     method: Literal["infifusion"] = "infifusion"
+    merge: Annotated[Merge | None, BeforeValidator(lambda value: _named(value, "method"))] = Field(
+        None, description="pairwise form: train one student per teacher, and merge them so"
+    )
 
 
 class InfiGFusion(Distillation):

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,10 +27,11 @@ from rich.console import Console
 
 from rayfuse import resources
 from rayfuse.card import write_card
-from rayfuse.config import ByteKD, Config, Data, Model, Teacher, config_json
+from rayfuse.config import ByteKD, Config, Data, InfiFusion, Merge, Model, Teacher, config_json
 from rayfuse.data import DataCounts
 from rayfuse.errors import CheckpointError
 from rayfuse.evaluate import evaluate_model, read_items
+from rayfuse.merge import merge
 from rayfuse.metrics import LiveLine
 from rayfuse.models import fingerprint
 from rayfuse.prepare import PrepareSpec
@@ -73,7 +74,10 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
             if job.spec.teachers:
                 deployment.deploy(job.spec.teachers, config.signals.k)
             with LiveLine(Path(config.output) / "metrics.jsonl", console):
-                train_group(job)
+                if isinstance(job.stage, InfiFusion) and job.stage.merge is not None:
+                    train_pairwise(job, job.stage.merge)
+                else:
+                    train_group(job)
     counts = next(iter(sources.values())).counts
     results: dict[str, Any] = {"data": asdict(counts), "models": [], "times": timed.seconds}
     if config.evaluate is not None:
@@ -189,6 +193,34 @@ def _stage_job(config: Config, index: int, fingerprints: dict[str, str], sources
         spec=spec,
         blocks=source.blocks,
         units=source.units,
+    )
+
+
+def train_pairwise(job: StageJob, how: Merge) -> Path:
+    """Pairwise InfiFusion (InfiFusion_p): a student per teacher, one after the other, merged into the stage's model.
+
+    A student that is there already, from before a resume, is not trained again.
+    """
+    students = []
+    for teacher in job.spec.teachers:
+        alone = replace(job.spec, teachers=(teacher,))
+        of_teacher = replace(job, spec=alone, part=teacher[0].name, identity=f"{job.identity}/{teacher[1]}")
+        done = of_teacher.folder / "model"
+        students.append(done if done.exists() else train_group(of_teacher))
+    base = Path(job.start)
+    if not base.is_dir():
+        from huggingface_hub import snapshot_download
+
+        base = Path(snapshot_download(job.start, revision=job.config.student.revision))
+    student = job.config.student
+    return merge(
+        base,
+        students,
+        job.folder / "model",
+        method=how.method,
+        density=how.density,
+        scale=how.scale,
+        dtype=student.dtype,
     )
 
 

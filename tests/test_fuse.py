@@ -142,6 +142,23 @@ def test_the_three_methods_in_one_run(tiny, tmp_path, cluster):
     assert (tmp_path / "run/report.html").exists()
 
 
+def test_pairwise_infifusion_trains_a_student_per_teacher_and_merges_them(tiny, tmp_path, cluster):
+    """With task arithmetic and weights 1/S the result is the mean of the two students."""
+    stage = {"method": "infifusion", "merge": "task_arithmetic", "steps": 3, "batch_size": 16, "learning_rate": 1e-3}
+    fuse(parse_config(tiny.tree(tmp_path / "run", stages=[stage])))
+    folder = tmp_path / "run/stages/01-infifusion"
+    math, code, merged = (
+        load_file(folder / part / "model.safetensors") for part in ("math/model", "code/model", "model")
+    )
+    assert any(not math[name].equal(code[name]) for name in math)
+    for name, value in merged.items():
+        assert (value - (math[name] + code[name]) / 2).abs().max() < 1e-6
+    records = _metrics(tmp_path / "run")
+    assert {record["stage"] for record in records} == {"01-infifusion/math", "01-infifusion/code"}
+    assert all("loss_uld/code" not in record for record in records if record["stage"].endswith("math"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+
+
 def test_a_teacher_that_cannot_start_ends_the_run_with_its_cause(tiny, tmp_path, cluster):
     """The replica's own error reaches the user, instead of waiting for a teacher that never comes."""
     tree = tiny.tree(tmp_path / "run")

@@ -37,7 +37,7 @@ def train_group(job: StageJob) -> Path:
             scaling_config=ScalingConfig(**resources.student_group(student)),
             torch_config=TorchConfig(backend="nccl" if student.gpus else "gloo"),
             run_config=RunConfig(
-                name=f"{job.folder.name}-{uuid.uuid4().hex[:8]}",
+                name=f"{job.name.replace('/', '-')}-{uuid.uuid4().hex[:8]}",
                 storage_path=str(Path(job.config.output).resolve() / "ray"),
                 failure_config=FailureConfig(max_failures=0),
             ),
@@ -50,10 +50,10 @@ def train_group(job: StageJob) -> Path:
                 raise cause from error
             if attempt == student.max_failures:
                 raise StudentError(
-                    f"stage {job.folder.name} failed {attempt + 1} times (student.max_failures); its checkpoints are "
+                    f"stage {job.name} failed {attempt + 1} times (student.max_failures); its checkpoints are "
                     f"in {job.folder}; last: {type(error).__name__}: {error}"
                 ) from error
-            log.warning("stage %s: the student group failed, starting again: %s", job.folder.name, error)
+            log.warning("stage %s: the student group failed, starting again: %s", job.name, error)
             continue
         return job.folder / "model"
     raise AssertionError("unreachable")

@@ -47,6 +47,7 @@ class StageJob:
         spec: what the prepare tasks are asked for.
         blocks: object references, each to a list of at most BLOCK units.
         units: how many units there are in all.
+        part: name of this student among those of a pairwise stage; empty where the stage has one student.
     """
 
     config: Config
@@ -56,6 +57,7 @@ class StageJob:
     spec: PrepareSpec
     blocks: Sequence[Any]
     units: int
+    part: str = ""
 
     @property
     def stage(self) -> Stage:
@@ -70,8 +72,13 @@ class StageJob:
 
     @property
     def folder(self) -> Path:
-        """The stage's folder in the run folder."""
-        return self.config.stage_folder(self.index)
+        """The stage's folder in the run folder (pairwise: this student's folder in it)."""
+        return self.config.stage_folder(self.index) / self.part
+
+    @property
+    def name(self) -> str:
+        """The stage in metrics and messages, for example 01-sft, or 02-infifusion/math."""
+        return str(self.folder.relative_to(Path(self.config.output) / "stages"))
 
     @property
     def units_per_step(self) -> int:
@@ -179,7 +186,7 @@ def train(job: StageJob, rank: int, world: int) -> None:
                 "tokens_per_second": record["tokens"] / seconds,
                 "wait_share": waited / seconds,
             }
-            writer.write({"stage": job.folder.name, "step": step, "steps": job.steps, **record, **speed})
+            writer.write({"stage": job.name, "step": step, "steps": job.steps, **record, **speed})
         if step % stage.save_every == 0 and step < job.steps:
             _save(job, engine, step, rank, world)
     if rank == 0:
