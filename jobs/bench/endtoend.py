@@ -1,7 +1,7 @@
 """rayfuse against TRL's GOLDTrainer: same student, one teacher with another tokenizer, same data and steps, from start
 to saved model.
 
-    python jobs/bench/endtoend.py [--folder runs/endtoend] [--steps 24] [--batch 8] [--quick]
+    python jobs/bench/endtoend.py [--folder runs/endtoend] [--steps 12] [--batch 4] [--quick]
 
 The student is a small untrained Llama with Qwen's tokenizer (151,646 tokens), the teacher a small Llama with SmolLM2's
 (49,152), trained here for a minute on the same text: docstrings of the standard library and HumanEval solutions (what
@@ -10,7 +10,7 @@ cross-entropy and half ULD; TRL with its defaults otherwise (byte-aligned "exten
 gradient checkpointing. Each runs alone in a process of its own, so that its start counts; nothing is stored beforehand.
 
 total       seconds from the process's start to its end: imports, Ray, loading, data, training, saving
-training    the trainer's own clock over all steps; rayfuse's holds what it waits for the teacher, replicas' start included
+training    the trainer's own clock over all steps; rayfuse's holds its waiting for the teacher, whose start included
 per step    median of the steps
 memory      peak of the proportional resident memory (PSS) of all processes together
 bits/byte   of held-out responses, by rayfuse.evaluate, with a 95 % bootstrap interval
@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def run_trl(world: Path, output: Path, steps: int, batch: int) -> None:
     )
     trainer.train()
     trainer.save_model(str(output / "model"))
-    seconds = [b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False)]
+    seconds = [b - a for a, b in pairwise(clock.marks)]
     _write_times(output, seconds)
 
 
@@ -225,10 +226,10 @@ def bits_per_byte(model: Path, world: Path) -> tuple[float, tuple[float, float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/endtoend"), help="where world and results go")
-    parser.add_argument("--steps", type=int, default=24, help="optimiser steps")
-    parser.add_argument("--batch", type=int, default=8, help="samples per step")
-    parser.add_argument("--rows", type=int, default=1200, help="training rows")
-    parser.add_argument("--teacher-steps", type=int, default=200, help="steps that the teacher is trained for")
+    parser.add_argument("--steps", type=int, default=12, help="optimiser steps")
+    parser.add_argument("--batch", type=int, default=4, help="samples per step")
+    parser.add_argument("--rows", type=int, default=400, help="training rows")
+    parser.add_argument("--teacher-steps", type=int, default=80, help="steps that the teacher is trained for")
     parser.add_argument("--hidden", type=int, default=128, help="hidden size of both models, of 3 layers")
     parser.add_argument("--quick", action="store_true", help="two steps, numbers without meaning; still two minutes")
     for name in ("--side", "--world", "--output"):
@@ -255,7 +256,8 @@ def main() -> None:
         value, (low, high) = bits_per_byte(folder / side / "model", world)
         print(
             f"{side:<8} total {result['total']:6.1f} s   training {result['training']:6.1f} s   per step "
-            f"{result['step']:6.2f} s   memory {result['memory']:6.0f} MiB   {value:.3f} bits/byte ({low:.3f}-{high:.3f})"
+            f"{result['step']:6.2f} s   memory {result['memory']:6.0f} MiB   "
+            f"{value:.3f} bits/byte ({low:.3f}-{high:.3f})"
         )
     trl, ours = results["trl"], results["rayfuse"]
     ratios = ", ".join(f"{name} {trl[name] / ours[name]:.2f}" for name in ("total", "training", "step", "memory"))

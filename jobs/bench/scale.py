@@ -56,7 +56,7 @@ class Inputs:
     teacher_padding: float = 0.09
     prepare_us: float = 3.0
     store_us: float = 3.0
-    replica_us: float = 1.0
+    replica_us: float = 1.4
     call_ms: float = 5.0
     put_ms: float = 5.0
     node_bandwidth: float = 160e9
@@ -80,10 +80,10 @@ SOURCES = {
     "tax": "jobs/bench/step.py: InfiGFusion over SFT in processor seconds; on a GPU it is to be measured",
     "teacher_tokens": "assumed: teachers' tokens per student token (they differ by tokenizer)",
     "teacher_padding": "jobs/bench/stream.py: padding of a teacher's batches, chat lengths",
-    "prepare_us": "jobs/bench/stream.py: CPU microseconds per token of a prepare task, 3 teachers, store warm",
-    "store_us": "jobs/bench/stream.py: what an empty store adds to it (encode, hash, write)",
-    "replica_us": "jobs/bench/stream.py: CPU per token of packing and sending one teacher's answer",
-    "call_ms": "jobs/bench/stream.py: latency of a Serve call and of the object store, per unit",
+    "prepare_us": "jobs/bench/stream.py, `prepare alone`: CPU microseconds per token, 3 teachers, store warm",
+    "store_us": "jobs/bench/stream.py, `prepare alone`: what an empty store adds to it (encode, hash, write)",
+    "replica_us": "jobs/bench/stream.py, raw actors: 2 cores / signals per second, an upper bound",
+    "call_ms": "jobs/bench/stream.py: Serve handles over raw actors, per unit, rounded up",
     "put_ms": "assumed: latency of a write to the shared file system, per unit",
     "node_bandwidth": "NVLink of an H800, bytes/s each way (DeepSeek-V3 report, arXiv 2412.19437)",
     "network": "InfiniBand per GPU, bytes/s (the same report)",
@@ -117,7 +117,7 @@ class Result:
 
 
 def student_seconds(inputs: Inputs, tokens: float) -> float:
-    """Of a micro-step on one GPU: forward, backward (twice), recomputation; the weights gathered meanwhile in a node."""
+    """Of a micro-step on one GPU: forward, backward (twice), recomputation; meanwhile a node gathers the weights."""
     compute = 4 * inputs.student.forward_flops(inputs.length) * tokens / (inputs.peak * inputs.student_use)
     gather = 3 * 2e9 * inputs.student.billions / inputs.node_bandwidth
     return max(compute * (inputs.tax if inputs.teachers else 1.0), gather)
@@ -148,10 +148,8 @@ def simulate(inputs: Inputs, nodes: int, ranks: int, replicas: tuple[int, ...], 
     per_step = inputs.batch // inputs.unit
     assert per_step % ranks == 0, f"{ranks} ranks cannot share {per_step} units"
     steps = inputs.samples // inputs.batch
-    shift = -inputs.spread**2 / 2
-    tokens = [
-        inputs.unit * inputs.length * math.exp(draw.gauss(shift, inputs.spread)) for _ in range(steps * per_step)
-    ]
+    shift = -(inputs.spread**2) / 2
+    tokens = [inputs.unit * inputs.length * math.exp(draw.gauss(shift, inputs.spread)) for _ in range(steps * per_step)]
     ask = bool(inputs.teachers) and not warm
     cpu_s = [t * 1e-6 * (inputs.prepare_us + (inputs.store_us if ask else 0.0)) for t in tokens]
     free = [[0.0] * count for count in replicas]  # when each replica is done with what it has
@@ -175,7 +173,6 @@ def simulate(inputs: Inputs, nodes: int, ranks: int, replicas: tuple[int, ...], 
         return max(answers) + (inputs.call_ms + inputs.put_ms) / 1e3
 
     mine = per_step // ranks
-    queue = [(0.0, rank, slot) for rank in range(ranks) for slot in range(inputs.prefetch)]
     total = [0] * ranks
     pending: list[list[int]] = [[] for _ in range(ranks)]
     order = [[step * per_step + rank * mine + i for step in range(steps) for i in range(mine)] for rank in range(ranks)]
@@ -190,8 +187,9 @@ def simulate(inputs: Inputs, nodes: int, ranks: int, replicas: tuple[int, ...], 
             pending[rank].append(unit)
             ready[unit] = prepare(unit, now)
 
-    for _, rank, _ in sorted(queue, key=lambda item: (item[2], item[1])):
-        submit(rank, 0.0)
+    for _ in range(inputs.prefetch):
+        for rank in range(ranks):
+            submit(rank, 0.0)
     for _ in range(steps):
         for _ in range(mine):
             # Units are asked for in the order of time, so that the teachers' queues are first come, first served.
@@ -256,9 +254,9 @@ def page(inputs: Inputs, nodes_list: tuple[int, ...]) -> None:
     )
     print("## Where the time goes\n")
     print(
-        "`cold`: an empty store, teachers and student at the same time on the GPUs of the node count. `warm`: every "
-        "answer is stored\n(second epoch, ablation, rerun), the student has all GPUs that its batch can use. `SFT`: the "
-        "same without teachers.\n"
+        "`cold`: an empty store, teachers and student at the same time on the nodes' GPUs. `warm`: every answer is "
+        "stored (second\nepoch, ablation, rerun), the student has all GPUs that its batch can use. `SFT`: the same "
+        "without teachers.\n"
     )
     head = ["nodes", "run", "units of", "student GPUs", "teacher GPUs", "hours", "GPU hours", "student computes"]
     head += ["waits for data", "barrier and sync", "busiest teacher", "CPUs busy", "store"]
@@ -326,16 +324,18 @@ def page(inputs: Inputs, nodes_list: tuple[int, ...]) -> None:
     table(["nodes", "sigma of unit lengths", "units per rank and step", "hours, cold", "lost at the barrier"], rows)
     growth(inputs)
     print("\n## Inputs\n")
+    sft = inputs.samples / inputs.unit * student_seconds(replace(inputs, teachers=()), inputs.unit * inputs.length)
     table(
         ["input", "value", "source"],
-        [[name, f"{getattr(inputs, name):g}", source] for name, source in SOURCES.items()]
-        + [[m.name, f"{m.billions}B, {m.layers} x {m.hidden}, V {m.vocabulary:,}", "published configuration"]
-           for m in (inputs.student, *inputs.teachers)],
-    )  # fmt: skip
+        [[name, f"{getattr(inputs, name):,g}", source] for name, source in SOURCES.items()]
+        + [
+            [m.name, f"{m.billions}B, {m.layers} x {m.hidden}, V {m.vocabulary:,}", "published configuration"]
+            for m in (inputs.student, *inputs.teachers)
+        ],
+    )
     print(
-        f"\nThe papers' SFT took 145 H800 hours; this page has "
-        f"{inputs.samples * student_seconds(replace(inputs, teachers=()), inputs.length) / 3600:.0f} for one full epoch. "
-        "Several epochs or a lower share of peak\nmake up the difference; the ratios between rows do not depend on it."
+        f"\nThe papers' SFT took 145 H800 hours; this page has {sft / 3600:.0f} for one full epoch. Several epochs or "
+        "a lower share of peak\nmake up the difference; the ratios between rows do not depend on it."
     )
 
 

@@ -53,8 +53,8 @@ def as_dicts(signals: TopKSignals) -> list[dict[str, Any]]:
     ]
 
 
-def sizes(rows: int, k: int, generator: np.random.Generator) -> None:
-    """Bytes per token: each field, on the wire, in the store, and what the three kinds of stage need of them."""
+def sizes(rows: int, k: int, generator: np.random.Generator) -> dict[str, float]:
+    """Print bytes per token on the wire and in the store; return those of each field."""
     signals = random_signals(rows, k, generator)
     signals.validate(VOCABULARY)
     fields = {name: getattr(signals, name).nbytes / rows for name in ("logps", "ids", "lse", "token_logps")}
@@ -63,16 +63,11 @@ def sizes(rows: int, k: int, generator: np.random.Generator) -> None:
     store = len(encode(signals, ABOUT)) / rows
     dicts = as_dicts(signals)
     pickled, text = len(pickle.dumps(dicts, protocol=5)) / rows, len(json.dumps(dicts).encode()) / rows
-    print(f"bytes per token, k {k}: " + ", ".join(f"{name} {size:.0f}" for name, size in fields.items()))
     print(
         f"bytes per token, {rows} rows: wire {wire:.1f}, store {store:.1f}, list of dicts pickled {pickled:.0f} "
         f"({pickled / wire:.1f} x), as JSON {text:.0f} ({text / wire:.1f} x)"
     )
-    print(
-        f"bytes per token a stage reads: ranks {fields['logps']:.0f} (InfiFusion, InfiGFusion), "
-        f"sequence log-probabilities {fields['token_logps']:.0f} (InfiFPO), plus byte_ends "
-        f"{fields['byte_ends']:.0f} where positions are aligned"
-    )
+    return fields
 
 
 def speeds(rows: int, samples: int, k: int, runs: int, generator: np.random.Generator, folder: Path) -> None:
@@ -113,14 +108,13 @@ def speeds(rows: int, samples: int, k: int, runs: int, generator: np.random.Gene
     done = {name: len(some) if name.startswith("list") else samples for name in cases}
     results = alternate(cases, runs)
     speed = {name: done[name] * rows / (milliseconds / 1e3) for name, (milliseconds, _) in results.items()}
-    peer = {"encode": "list of dicts, pickle", "decode": "list of dicts, unpickle"}
+    peers = {"encode": ("pickle", "to JSON"), "decode": ("unpickle", "from JSON")}
     for name, (milliseconds, _) in results.items():
         line = f"{rows:5} rows  {name:<25} {speed[name] / 1e6:9.2f}M tokens/s"
         if name.startswith("store"):
             line += f"  {1e3 * samples / milliseconds:7.0f} samples/s"
-        if name in peer:
-            line += f"  {speed[name] / speed[peer[name]]:6.1f} x pickle"
-            line += f"  {speed[name] / speed[peer[name].replace('unpickle', 'from JSON').replace('pickle', 'to JSON')]:6.1f} x JSON"
+        if name in peers:
+            line += "".join(f"  {speed[name] / speed[f'list of dicts, {way}']:6.1f} x {way}" for way in peers[name])
         print(line)
 
 
@@ -140,7 +134,13 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="rayfuse-bench-", dir=args.store))
     try:
         for rows in args.rows:
-            sizes(rows, args.k, generator)
+            fields = sizes(rows, args.k, generator)
+        print(f"bytes per token, k {args.k}: " + ", ".join(f"{name} {size:.0f}" for name, size in fields.items()))
+        print(
+            f"bytes per token that a stage reads: ranks {fields['logps']:.0f} (InfiFusion, InfiGFusion), response "
+            f"log-probabilities {fields['token_logps']:.0f} (InfiFPO); where positions are aligned, byte_ends "
+            f"{fields['byte_ends']:.0f} besides"
+        )
         for rows in args.rows:
             speeds(rows, args.samples, args.k, args.runs, generator, folder)
     finally:

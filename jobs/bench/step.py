@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,7 @@ def one_step(engine: TorchEngine, stage: Stage, batch: FusionBatch) -> Phases:
     assert all(np.isfinite(float(value)) for value in [loss.detach(), *parts.values()])
     engine.step(1e-6)
     marks.append(time.perf_counter())
-    phases = [b - a for a, b in zip(marks, marks[1:], strict=False)]
+    phases = [b - a for a, b in pairwise(marks)]
     return {**dict(zip(PHASES, phases, strict=True)), "seconds": sum(phases), "cpu": time.process_time() - cpu}
 
 

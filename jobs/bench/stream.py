@@ -9,7 +9,7 @@ Three parts, on an embedded Ray that this script starts and ends:
   turns. A token counts once, however many teachers answered it.
 - scaling: one teacher that sleeps `--seconds` per unit, with 1 to 8 replicas, asked by prepare tasks.
 
-The stub is an ordinary backend: `StubReplica` registers it in the replica's own process and is TeacherReplica otherwise.
+The stub is an ordinary backend: `StubReplica` registers it in the replica's own process and is else a TeacherReplica.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from signals import random_signals
 from rayfuse import resources
 from rayfuse.config import Teacher
 from rayfuse.data import Sample
-from rayfuse.prepare import PrepareSpec
+from rayfuse.prepare import Preparer, PrepareSpec
 from rayfuse.quickstart.models import STYLES, make_tokenizer
 from rayfuse.signals import TopKSignals, pack, unpack
 from rayfuse.student.worker import BLOCK, UnitStream
@@ -232,6 +232,24 @@ def flow(folder: Path, count: int, rounds: int, rows: int, prefetch: int) -> Non
         ray.kill(actor)
 
 
+def prepare_cost(folder: Path, count: int, rows: int) -> None:
+    """Processor time per token of the prepare task's own work, 3 teachers, in this process without Ray."""
+    units = world(folder / "student", count, 4 * rows)
+    stubs = [stub(f"local-{index}", folder / "student", rows, 0.0) for index in range(3)]
+    answers = {id(unit): StubTeacher(stubs[0][0], K).score(unit) for unit in units}
+    spec = PrepareSpec(stubs[0][0], tuple(stubs), str(folder / "store-local"), K, "bytes", 1 << 20)
+    scorer: Any = SimpleNamespace(score=lambda unit: lambda: answers[id(unit)])
+    for name, case in (("no teachers", replace(spec, teachers=())), ("cold store", spec), ("warm store", spec)):
+        prepare = Preparer(case, lambda *_: scorer)
+        prepare(units[0][:1])  # builds the tokenizer's table
+        begun = time.process_time()
+        for unit in units:
+            prepare(unit)
+        microseconds = (time.process_time() - begun) / (count * UNIT * rows) * 1e6
+        speed = f"{1e3 / microseconds:6.0f}k tokens/s per core"
+        print(f"prepare alone, {name:<11} {microseconds:6.2f} CPU us per token, {speed}")
+
+
 # --- scaling ------------------------------
 
 
@@ -286,12 +304,11 @@ def main() -> None:
     padding(samples)
     os.environ.update({key: os.environ.get(key, value) for key, value in resources.ENVIRONMENT.items()})
     folder = Path(tempfile.mkdtemp(prefix="rayfuse-bench-"))
-    ray.init(
-        "local", num_cpus=LOGICAL_CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-    )
+    ray.init("local", num_cpus=LOGICAL_CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
+        prepare_cost(folder, args.units, rows)
         flow(folder, args.units, args.rounds, rows, args.in_flight)
         scaling(folder, args.replicas, args.seconds, args.per_replica, calls, args.rounds)
     finally:

@@ -1,0 +1,43 @@
+"""The benchmarks run: each script with tiny sizes prints its lines and ends well. Their numbers are not looked at."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPTS = {
+    "signals": (
+        [],
+        [r"bytes per token, k 10: logps 20, ids 40", r"32 rows  encode .* x pickle .* x JSON", "store get"],
+    ),
+    "step": ([], [r"^sft .* 1\.000 x SFT", r"^infifusion .* x SFT", r"^infigfusion .* x SFT"]),
+    "scale": ([], [r"^# The Phi-4 run on paper", r"^\| 8 \| cold \|", r"^\| K \| 1000 \|"]),
+    "stream": (
+        [],
+        [r"^padding, chat", r"^3 teachers  raw actors .* 1\.00 x", r"^3 teachers .* cold store", r"^2 replicas"],
+    ),
+    "endtoend": (["--folder"], [r"^trl .* bits/byte", r"^rayfuse .* bits/byte", r"^TRL over rayfuse: total"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bench_script_runs(script, tmp_path):
+    options, lines = SCRIPTS[script]
+    command = [sys.executable, str(ROOT / "jobs" / "bench" / f"{script}.py"), "--quick", *options]
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        command + [str(tmp_path / "folder")] * len(options),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=540,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for line in lines:
+        assert re.search(line, done.stdout, re.MULTILINE), f"no line matches {line!r} in:\n{done.stdout}"

@@ -1,0 +1,92 @@
+"""Teachers on Ray Serve: replicas that die, and teachers that scale to zero."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+import ray
+from ray import serve
+
+from rayfuse import resources
+from rayfuse.config import Data, parse_config
+from rayfuse.data import read_samples
+from rayfuse.errors import TeacherError
+from rayfuse.models import fingerprint
+from rayfuse.teachers.deployment import TeacherClient, application_name, delete, deploy
+from rayfuse.teachers.transformers import TransformersTeacher
+
+K = 5
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny, tmp_path_factory):
+    yield resources.connect(parse_config(tiny.tree(tmp_path_factory.mktemp("serve"))))
+    ray.shutdown()
+
+
+def _replicas(name):
+    """Processes that host replicas of the teacher's application."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if command.startswith("ray::ServeReplica") and name in command:
+            found.append(process)
+    return found
+
+
+def _samples(tiny, n=8):
+    return read_samples(Data(path=str(tiny.root / "train.jsonl"), limit=n))[0]
+
+
+@pytest.mark.chaos
+def test_a_killed_replica_is_replaced_and_the_answer_is_the_same(tiny, tmp_path, cluster):
+    teacher = parse_config(tiny.tree(tmp_path)).teachers[0]
+    name = fingerprint(teacher, K)
+    deploy([(teacher, name)], K)
+    client = TeacherClient(teacher, name)
+    samples = _samples(tiny)
+    first = client.score(samples)()
+    local = TransformersTeacher(teacher, K).score(samples)
+    for mine, theirs in zip(first, local, strict=True):
+        assert mine.logps.tobytes() == theirs.logps.tobytes()
+        assert mine.token_logps.tobytes() == theirs.token_logps.tobytes()
+    (replica,) = _replicas(application_name(name))
+    waits = [client.score(samples) for _ in range(3)]
+    os.kill(replica.pid, signal.SIGKILL)
+    for wait in [*waits, client.score(samples)]:
+        for mine, theirs in zip(wait(), first, strict=True):
+            assert mine.logps.tobytes() == theirs.logps.tobytes()
+            assert mine.ids.tobytes() == theirs.ids.tobytes()
+    assert replica.pid not in [process.pid for process in _replicas(application_name(name))]
+
+
+@pytest.mark.slow
+def test_an_idle_teacher_scales_to_zero_and_comes_back(tiny, tmp_path, cluster):
+    tree = tiny.tree(tmp_path)
+    tree["teachers"][1]["replicas"] = {"idle_s": 3}
+    teacher = parse_config(tree).teachers[1]
+    name = fingerprint(teacher, K)
+    deploy([(teacher, name)], K)
+    client = TeacherClient(teacher, name)
+    client.score(_samples(tiny))()
+    assert len(_replicas(application_name(name))) == 1
+    deadline = time.monotonic() + 90
+    while _replicas(application_name(name)):
+        assert time.monotonic() < deadline, "the idle teacher keeps its replica"
+        time.sleep(1)
+    assert len(client.score(_samples(tiny))()) == 8
+    delete([name])
+
+
+@pytest.mark.slow
+def test_a_teacher_that_was_removed_is_an_error_that_says_so(tiny, tmp_path, cluster, monkeypatch):
+    monkeypatch.setattr("rayfuse.teachers.deployment.CALL_TIMEOUT_S", 2.0)
+    teacher = parse_config(tiny.tree(tmp_path)).teachers[1].model_copy(update={"patience_s": 20.0})
+    name = fingerprint(teacher, K)
+    deploy([(teacher, name)], K)
+    client = TeacherClient(teacher, name)
+    serve.delete(application_name(name))
+    with pytest.raises(TeacherError, match=r"removed from the cluster|did not answer"):
+        client.score(_samples(tiny))()
