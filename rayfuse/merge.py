@@ -88,8 +88,9 @@ def sce(base: torch.Tensor, students_S: Sequence[torch.Tensor], recipe: Recipe) 
     the weight of a student is its share of the sum of squares of the selected elements of this tensor. Erase: what
     disagrees in sign with sum_s delta_s goes, and the weights of the rest are normalised to sum to 1. O(S^2 n).
 
-    Paper: Wan et al. 2024 (FuseChat), arXiv 2408.07990, SCE merging; normalising after Erase is from the authors'
-    code in mergekit.
+    Paper: Wan et al. 2024 (FuseChat), arXiv 2408.07990, SCE merging. Normalising after Erase is as in mergekit. Unlike
+    there, no absolute threshold on the sum of squares: mergekit 0.1.5 weighs all students alike where their mean
+    squares add up to less than 1e-6, which task vectors of 5e-4 per element already do.
     """
     deltas_S = _task_vectors(base, students_S)
     if recipe.density < 1:
@@ -188,9 +189,9 @@ def merge(
         students: Hugging Face folders with safetensors.
         output: folder to make; it must not exist.
         method: one of MERGES.
-        weights: a factor per student. Task arithmetic: any numbers (default 1/S each, the mean task vector; the paper
-            tunes one common factor and finds 0.3 to 0.4 for most pairs and more). TIES: above 0, only their ratios
-            matter. SCE calculates its own: None.
+        weights: a factor per student. Task arithmetic: any numbers; default 1/S each, the mean task vector (the paper's
+            sum of task vectors is 1 each, with its factor lambda as scale). TIES: above 0, only their ratios matter.
+            SCE calculates its own: None.
         density: share of a tensor's elements to keep, in (0, 1]; default 0.2 for TIES and 0.1 for SCE, the papers'
             values. Task arithmetic keeps all: None.
         scale: factor on the merged task vector.

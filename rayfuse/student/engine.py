@@ -160,7 +160,11 @@ class TorchEngine:
 
     def export(self, folder: Path) -> None:
         """Write a complete Hugging Face model: safetensors, tokenizer, chat template, generation configuration."""
-        weights = {name: value.detach().to("cpu", self.export_dtype) for name, value in self.model.state_dict().items()}
+        weights, seen = {}, set()
+        for name, value in self.model.state_dict().items():
+            if value.data_ptr() not in seen:  # a tied weight is stored once, under its first name
+                seen.add(value.data_ptr())
+                weights[name] = value.detach().to("cpu", self.export_dtype)
         config = self.model.config
         previous, config.dtype = config.dtype, self.export_dtype
         self.model.save_pretrained(folder, state_dict=weights, safe_serialization=True)

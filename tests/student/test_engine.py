@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,6 +133,17 @@ def test_export_is_a_complete_hugging_face_model(student, batch, tmp_path):
     ).apply_chat_template(messages, tokenize=False)
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
     assert not list(tmp_path.glob("*.bin"))
+
+
+def test_a_tied_weight_is_exported_once_in_any_number_format(student, tmp_path):
+    engine = _engine(student, dtype="bfloat16")
+    assert engine.model.config.tie_word_embeddings
+    engine.export(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert set(stored) == set(engine.named)
+    assert {value.dtype for value in stored.values()} == {torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert torch.equal(model.lm_head.weight, engine.model.lm_head.weight.bfloat16())
 
 
 class Tensors(TorchDispatchMode):
