@@ -15,11 +15,9 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 
 from rayfuse.config import Benchmark, Data, Teacher
 from rayfuse.data import Sample, read_samples
-from rayfuse.models import context_length
 from rayfuse.teachers.transformers import TransformersTeacher
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -130,46 +128,12 @@ def evaluate(model: Teacher, role: str, items: Sequence[Sample], benchmark: Benc
     accuracy: dict[str, Accuracy] = {}
     if benchmark.generate:
         score = SCORES[benchmark.score]
-        answers = generate(backend, items, benchmark)
+        answers = backend.generate(items, max_new_tokens=benchmark.max_new_tokens, batch_size=benchmark.batch_size)
         right = [score(answer, item.response) for answer, item in zip(answers, items, strict=True)]
         for skill in sorted({item.skill for item in items}):
             of_skill = [ok for ok, item in zip(right, items, strict=True) if item.skill == skill]
             accuracy[skill or "all items"] = Accuracy(sum(of_skill), len(of_skill))
     return Evaluation(model.name, role, float(bits.sum() / size.sum()), _bootstrap(bits, size), accuracy)
-
-
-@torch.inference_mode()
-def generate(backend: TransformersTeacher, items: Sequence[Sample], benchmark: Benchmark) -> list[str]:
-    """Greedy answers to the items' prompts, in order."""
-    renderer, model = backend.renderer, backend.model
-    context = context_length(model.config)
-    room = None if context is None else max(2, context - benchmark.max_new_tokens)
-    prompts = [renderer.render(item, None).prompt_ids[-(room or 0) :] for item in items]
-    order = sorted(range(len(items)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(items)
-    for start in range(0, len(order), benchmark.batch_size):
-        batch = order[start : start + benchmark.batch_size]
-        T = max(len(prompts[i]) for i in batch)
-        input_ids_BT = torch.zeros(len(batch), T, dtype=torch.long)
-        mask_BT = torch.zeros(len(batch), T, dtype=torch.long)
-        for b, i in enumerate(batch):
-            input_ids_BT[b, T - len(prompts[i]) :] = torch.from_numpy(prompts[i])
-            mask_BT[b, T - len(prompts[i]) :] = 1
-        out = model.generate(
-            input_ids=input_ids_BT.to(backend.device),
-            attention_mask=mask_BT.to(backend.device),
-            max_new_tokens=benchmark.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=renderer.end_of_turn,
-            pad_token_id=renderer.end_of_turn,
-        )
-        for b, i in enumerate(batch):
-            answer = out[b, T:].tolist()
-            if renderer.end_of_turn in answer:
-                answer = answer[: answer.index(renderer.end_of_turn)]
-            answers[i] = renderer.tokenizer.decode(answer, skip_special_tokens=True)
-    return answers
 
 
 def _bootstrap(bits: np.ndarray, size: np.ndarray, draws: int = 1000) -> tuple[float, float]:

@@ -102,6 +102,20 @@ class Renderer:
         messages = [{"role": role, "content": content} for role, content in sample.messages]
         return self._template(messages, open_turn=True)
 
+    def prompt_ids(self, sample: Sample) -> np.ndarray:
+        """int64 [p], at least one token: what the model reads before the response.
+
+        Raises:
+            DataError: the template refuses the conversation, or an empty prompt has no token to begin with.
+        """
+        ids = self.bos + list(self.tokenizer.encode(self.prompt_text(sample), add_special_tokens=False))
+        if not ids:
+            starts = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+            ids = [int(start) for start in starts if start is not None][:1]
+            if not ids:
+                raise DataError(f"the prompt is empty, and {self.name} has no token to begin with")
+        return np.asarray(ids, dtype=np.int64)
+
     def render(self, sample: Sample, max_length: int | None = None) -> Rendered:
         """Token ids of prompt, response and end-of-turn.
 
@@ -114,12 +128,7 @@ class Renderer:
                 prompt is empty.
             AlignmentError: the tokenizer does not keep the response's bytes.
         """
-        prompt = self.bos + list(self.tokenizer.encode(self.prompt_text(sample), add_special_tokens=False))
-        if not prompt:
-            if self.tokenizer.bos_token_id is None and self.tokenizer.eos_token_id is None:
-                raise DataError(f"the prompt is empty, and {self.name} has no token to begin with")
-            start = self.tokenizer.bos_token_id
-            prompt = [int(self.tokenizer.eos_token_id if start is None else start)]
+        prompt = self.prompt_ids(sample)
         ids, ends = encode_response(self.tokenizer, sample.response)
         response = np.append(np.asarray(ids, dtype=np.int64), self.end_of_turn)
         cut = 0
@@ -131,4 +140,4 @@ class Renderer:
                     "leaves beside one token of prompt"
                 )
             cut = max(0, len(prompt) - room)
-        return Rendered(np.asarray(prompt[cut:], dtype=np.int64), response, ends, cut)
+        return Rendered(prompt[cut:], response, ends, cut)

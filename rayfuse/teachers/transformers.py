@@ -61,6 +61,56 @@ class TransformersTeacher:
                 signals[index] = answer
         return [answer for answer in signals if answer is not None]
 
+    @torch.inference_mode()
+    def generate(
+        self,
+        samples: Sequence[Sample],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """One answer to each sample's prompt (its response is not read), in order.
+
+        Args:
+            samples: whose messages are answered.
+            max_new_tokens: longest answer.
+            batch_size: prompts generated at a time, of similar length.
+            temperature: 0 is greedy.
+            seed: of the sampling; the same samples and seed give the same answers.
+        """
+        torch.manual_seed(seed)
+        room = None if self.context is None else max(1, self.context - max_new_tokens)
+        prompts = [self.renderer.prompt_ids(sample)[-room if room else 0 :] for sample in samples]
+        end = self.renderer.end_of_turn
+        answers = [""] * len(samples)
+        order = sorted(range(len(samples)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            T = max(len(prompts[i]) for i in batch)
+            input_ids_BT = torch.zeros(len(batch), T, dtype=torch.long)
+            mask_BT = torch.zeros(len(batch), T, dtype=torch.long)
+            for b, i in enumerate(batch):
+                input_ids_BT[b, T - len(prompts[i]) :] = torch.from_numpy(prompts[i])
+                mask_BT[b, T - len(prompts[i]) :] = 1
+            sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+            out_BT = self.model.generate(
+                input_ids=input_ids_BT.to(self.device),
+                attention_mask=mask_BT.to(self.device),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=end,
+                top_k=0,
+                top_p=1.0,
+                **sampling,
+            )
+            for b, i in enumerate(batch):
+                ids = out_BT[b, T:].tolist()
+                ids = ids[: ids.index(end)] if end in ids else ids
+                answers[i] = self.renderer.tokenizer.decode(ids, skip_special_tokens=True)
+        return answers
+
     def _forward(self, batch: list[Rendered]) -> list[TopKSignals]:
         T = max(item.length for item in batch) - 1  # the end-of-turn token itself is predicted, never read
         input_ids_BT = torch.zeros(len(batch), T, dtype=torch.long)

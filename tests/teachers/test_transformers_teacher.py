@@ -175,3 +175,22 @@ def test_signals_of_an_empty_looking_response(teacher):
         (signals,) = teacher.score([Sample((("user", "hello"),), response)])
         assert len(signals) == len(signals.byte_ends) + 1
         assert signals.byte_ends[-1] == len(response.encode())
+
+
+def test_greedy_answers_equal_transformers_one_by_one(tiny, teacher):
+    """Batches of prompts padded on the left give what each prompt gives alone."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.model("code"), dtype=torch.float32).eval()
+    samples = _samples(tiny, 9)
+    answers = teacher.generate(samples, max_new_tokens=12, batch_size=4)
+    tokenizer, end = teacher.renderer.tokenizer, teacher.renderer.end_of_turn
+    for sample, answer in zip(samples, answers, strict=True):
+        prompt = torch.from_numpy(teacher.renderer.prompt_ids(sample))[None]
+        out = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=end, pad_token_id=end)
+        assert answer == tokenizer.decode([i for i in out[0, prompt.shape[1] :].tolist() if i != end])
+
+
+def test_sampled_answers_depend_on_the_seed_alone(tiny, teacher):
+    ask = {"max_new_tokens": 8, "batch_size": 4, "temperature": 1.0}
+    first = teacher.generate(_samples(tiny, 6), **ask, seed=1)
+    assert first == teacher.generate(_samples(tiny, 6), **ask, seed=1)
+    assert first != teacher.generate(_samples(tiny, 6), **ask, seed=2)
