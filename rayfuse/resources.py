@@ -17,8 +17,6 @@ ENVIRONMENT = {
     # After a node loss the old reservation never comes back: do not wait a minute for it.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # A busy laptop takes its time to start Ray.
-    "RAY_raylet_start_wait_time_s": "120",
     # Tokenizers, teachers and the student start at the same time, each in its process: that is no leak to warn of.
     "RAY_worker_maximum_startup_concurrency": "64",
     "TOKENIZERS_PARALLELISM": "false",
@@ -30,6 +28,8 @@ ENVIRONMENT = {
 PREPARE_CPUS = 0.5
 """A prepare task mostly waits for teachers and disks."""
 EVALUATE_CPUS = 1.0
+START_ATTEMPTS = 3
+"""Ray gives an embedded node 30 seconds to start, which a busy machine may need more than once."""
 SERVE_OVERHEAD_CPUS = 1.0
 """Serve's controller and Ray Train's controller."""
 
@@ -58,13 +58,18 @@ def connect(config: Config) -> bool:
                 "cluster.address to run on an embedded one"
             ) from error
         return False
-    try:
-        ray.init("local", num_cpus=_local_cpus(config), include_dashboard=False, runtime_env=runtime_env, **quiet)
-    except Exception as error:  # Ray raises plain Exceptions here
-        raise RayfuseError(
-            f"an embedded Ray cannot start on this machine: {error}. Free some memory or load and try again; Ray's logs "
-            "are in /tmp/ray/session_latest/logs"
-        ) from error
+    cpus = _local_cpus(config)
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init("local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, **quiet)
+            break
+        except Exception as error:  # Ray raises plain Exceptions here
+            ray.shutdown()
+            if attempt == START_ATTEMPTS - 1:
+                raise RayfuseError(
+                    f"an embedded Ray cannot start on this machine: {error}. Free some memory or load and try again; "
+                    "Ray's logs are in /tmp/ray/session_latest/logs"
+                ) from error
     return True
 
 
