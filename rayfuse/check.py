@@ -262,7 +262,7 @@ def check_machine(config: Config) -> Iterator[Finding]:
 
     if (config.cluster.address or os.environ.get("RAY_ADDRESS") or "local") != "local":
         return
-    wanted = {"student.gpus": config.student.gpus * config.student.workers}
+    wanted: dict[str, float] = {"student.gpus": config.student.gpus * config.student.workers}
     wanted |= {f"teachers.{i}.gpus": teacher.gpus for i, teacher in enumerate(config.teachers)}
     there = torch.cuda.device_count()
     missing = {where: gpus for where, gpus in wanted.items() if gpus > there}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -100,14 +102,21 @@ def inspect_align(
     Console().print(alignment_view(load_tokenizer(resolved.student), teachers, text))
 
 
-def main() -> None:
-    """Entry point: errors that rayfuse raises on purpose become one message and exit status 1."""
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """Errors that rayfuse raises on purpose become one message and exit status 1."""
     try:
-        app()
+        yield
     except RayfuseError as error:
         Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
         Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(str(error))
         raise SystemExit(1) from None
+
+
+def main() -> None:
+    """Entry point of `rayfuse`."""
+    with errors_shown():
+        app()
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -37,6 +38,17 @@ from pydantic import (
 from rayfuse.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+def _without_secrets(value: str) -> str:
+    """Refuse user names and passwords in a URL: the configuration is written into the run folder and the card."""
+    if re.match(r"[a-z0-9+.-]+://[^/]*@", value):
+        raise ValueError("has a user name or password in its URL; give credentials by the environment instead")
+    return value
+
+
+Place = Annotated[str, AfterValidator(_without_secrets)]
+"""A path, hub id or URL."""
 
 
 class Section(BaseModel):
@@ -89,7 +101,7 @@ class Teacher(Model):
     weight: float = Field(1.0, gt=0, description="w_s of the loss: how much this teacher counts")
     replicas: Replicas = Replicas()
     cpus: float = Field(1.0, gt=0, description="CPU cores per replica")
-    gpus: float = Field(0.0, ge=0, description="GPUs per replica")
+    gpus: float = Field(0.0, ge=0, le=1, description="GPU per replica, or a share of one; 0: on the CPU")
     batch_tokens: int = Field(16384, ge=64, description="tokens of one forward pass; lower it at out-of-memory")
     patience_s: float = Field(600.0, gt=0, description="seconds to retry a teacher that does not answer")
 
@@ -97,10 +109,13 @@ class Teacher(Model):
 class Student(Model):
     """The pivot: the model that the teachers are fused into."""
 
-    dtype: Dtype = Field("float32", description="number format of the forward and backward pass (weights: float32)")
+    engine: Literal["torch"] = Field("torch", description="what trains: plain PyTorch, data-parallel with DDP")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="number format of the forward and backward pass (weights: float32)"
+    )
     workers: int = Field(1, ge=1, description="data-parallel training processes")
     cpus: float = Field(1.0, gt=0, description="CPU cores per worker")
-    gpus: float = Field(0.0, ge=0, description="GPUs per worker")
+    gpus: Literal[0, 1] = Field(0, description="GPUs per worker; 0: on the CPU")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 30% slower")
     prefetch: int = Field(4, ge=1, description="units each worker keeps in preparation ahead of its step")
     max_failures: int = Field(3, ge=0, description="restarts from the last checkpoint before the run gives up")
@@ -109,7 +124,7 @@ class Student(Model):
 class Data(Section):
     """Conversations (`messages`) or pairs (`prompt`, `response`); the loss is on the assistant's turns only."""
 
-    path: str = Field(min_length=1, description=".jsonl, .json or .parquet file, folder of a data set, or hub id")
+    path: Place = Field(min_length=1, description=".jsonl, .json or .parquet file, folder of a data set, or hub id")
     name: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set")
     revision: str | None = Field(None, description="branch, tag or commit of a hub data set")
@@ -126,7 +141,7 @@ class Signals(Section):
     """What the teachers are asked for, and where their answers are kept."""
 
     k: int = Field(10, ge=2, description="top-K logits kept per position")
-    store: str | None = Field(None, description="folder or fsspec URL of the signal store; default: OUTPUT/signals")
+    store: Place | None = Field(None, description="folder or fsspec URL of the signal store; default: OUTPUT/signals")
 
 
 class Stage(Section):
@@ -251,7 +266,7 @@ STAGES: dict[str, type[Stage]] = {
 class Benchmark(Section):
     """Held-out items: JSONL or Parquet rows of `prompt`, `response` and, where wanted, `skill`."""
 
-    path: str = Field(min_length=1, description="rows of prompt, response and, optionally, skill")
+    path: Place = Field(min_length=1, description="rows of prompt, response and, optionally, skill")
     limit: int | None = Field(None, ge=1, description="use only the first items")
     score: Literal["exact", "number"] = Field(
         "exact", description="exact: the same text, ends stripped; number: the last number in the answer is the same"
@@ -266,6 +281,10 @@ class Cluster(Section):
     """The Ray cluster; by default the one that RAY_ADDRESS names, else one embedded in this process."""
 
     address: str | None = Field(None, description="address of a running cluster, or 'local' for an embedded one")
+
+
+RESERVED_NAMES = ("model", "checkpoints", "initial", "pivot")
+"""Names that stages and tables use themselves."""
 
 
 def _absolute(path: str, new: bool = False) -> str:
@@ -344,8 +363,13 @@ class Config(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two teachers are called {name!r}; give each its own `name`")
-            if not re.fullmatch(r"[A-Za-z0-9._-]+", str(name)):
-                raise ValueError(f"teacher name {name!r}: use letters, digits, dot, dash and underscore only")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", str(name)):
+                raise ValueError(
+                    f"teacher name {name!r}: use letters, digits, dot, dash and underscore only, and a letter or digit "
+                    "first"
+                )
+            if name in RESERVED_NAMES:
+                raise ValueError(f"teacher name {name!r} stands for something else in a run; give another `name`")
         return named
 
     @model_validator(mode="after")

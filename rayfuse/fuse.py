@@ -27,9 +27,10 @@ from rich.console import Console
 
 from rayfuse import resources
 from rayfuse.card import write_card
+from rayfuse.check import check_evaluation, check_machine
 from rayfuse.config import ByteKD, Config, Data, InfiFusion, Merge, Model, Teacher, config_json
 from rayfuse.data import DataCounts
-from rayfuse.errors import CheckpointError
+from rayfuse.errors import CheckpointError, ConfigError
 from rayfuse.evaluate import evaluate_model, read_items
 from rayfuse.merge import merge
 from rayfuse.metrics import LiveLine
@@ -56,10 +57,11 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
     """
     console = console or Console()
     config = config.absolute()
+    _refuse_faults(config)
     _open_run_folder(config, resume)
     timed = Stopwatch(Path(config.output) / "times.json")
     with timed("start Ray"):
-        resources.connect(config)
+        embedded = resources.connect(config)
     with timed("read data"):
         sources = {preferences: load_source(config, preferences, console) for preferences in _needed(config)}
     with timed("identify teachers"):
@@ -78,12 +80,25 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
                     train_pairwise(job, job.stage.merge)
                 else:
                     train_group(job)
-    counts = next(iter(sources.values())).counts
-    results: dict[str, Any] = {"data": asdict(counts), "models": [], "times": timed.seconds}
+    counts = {SOURCES[preferences]: asdict(source.counts) for preferences, source in sources.items()}
+    results: dict[str, Any] = {**counts, "models": [], "times": timed.seconds}
     if config.evaluate is not None:
         with timed("evaluate"):
+            if embedded:  # nobody else uses these teachers: their memory is free for the evaluation
+                deployment.delete([(t, fingerprints[t.name]) for t in config.teachers if t.name in fingerprints])
             results["models"] = evaluate_all(config)
     return _finish(config, results)
+
+
+def _refuse_faults(config: Config) -> None:
+    """The checks whose faults would otherwise show only at the end of a long run, or never.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    faults = [finding for check in (check_machine, check_evaluation) for finding in check(config) if finding.fault]
+    if faults:
+        raise ConfigError("; ".join(f"{fault.where}: {fault.text}" for fault in faults))
 
 
 def _open_run_folder(config: Config, resume: bool) -> None:
@@ -105,7 +120,11 @@ def _open_run_folder(config: Config, resume: bool) -> None:
                 f"{folder} holds a run with another configuration ({', '.join(changed)} changed): use another `output`"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    there.write_text(text, encoding="utf-8")
+    write_whole(there, text)
+
+
+SOURCES = {False: "data", True: "preferences"}
+"""Section of the configuration, by whether it holds preferences."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +263,7 @@ def evaluate_all(config: Config) -> list[dict[str, Any]]:
         models.append((as_teacher(config, name, str(config.stage_folder(index) / "model")), "stage"))
     shared = ray.put(items)
     tasks = [
-        evaluate_model.options(**resources.evaluate_task(model.gpus)).remote(model, role, shared, benchmark)
+        evaluate_model.options(**resources.evaluate_task(model)).remote(model, role, shared, benchmark)
         for model, role in models
     ]
     done: list[dict[str, Any]] = ray.get(tasks)
@@ -265,6 +284,13 @@ def _finish(config: Config, results: dict[str, Any]) -> Path:
     return output / "model"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that it is there completely or not at all."""
+    beside = path.with_name(f".{path.name}.half")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
 class Stopwatch:
     """Seconds of each part of a run, kept in `times.json`, so that those of a resumed run add up."""
 
@@ -280,4 +306,4 @@ class Stopwatch:
             yield
         finally:
             self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - begun, 2)
-            self.path.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
+            write_whole(self.path, json.dumps(self.seconds, indent=2) + "\n")

@@ -25,7 +25,10 @@ class MetricsWriter:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.exists() and not path.read_bytes().endswith(b"\n")
         self.file = path.open("a", encoding="utf-8", buffering=1)
+        if torn:  # a killed writer's last line
+            self.file.write("\n")
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record, with the time."""

@@ -20,6 +20,8 @@ from rayfuse.config import Model, Teacher
 from rayfuse.errors import ModelError
 
 WEIGHT_FILES = "*.safetensors"
+RENDERING = 1
+"""Version of what render and the backends make of a sample; a change there that changes answers must raise it."""
 
 
 @contextmanager
@@ -133,8 +135,8 @@ class OutputLayer:
         return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap, "valid_vocab": self.valid_vocab}
 
 
-def output_layer(model: Any, tokenizer: Any) -> OutputLayer:
-    """The output layer of a transformers causal language model, cut at the tokenizer's vocabulary.
+def output_layer(model: Any, vocabulary: int) -> OutputLayer:
+    """The output layer of a transformers causal language model, cut at the tokenizer's `vocabulary`.
 
     Raises:
         ModelError: the model has none that is a plain linear layer, or more tokens than the layer has rows.
@@ -143,7 +145,6 @@ def output_layer(model: Any, tokenizer: Any) -> OutputLayer:
     if layer is None or not hasattr(layer, "weight"):
         raise ModelError(f"{type(model).__name__} has no linear output layer; it cannot be a teacher or student")
     rows = layer.weight.shape[0]
-    vocabulary = vocabulary_size(tokenizer)
     if vocabulary > rows:
         raise ModelError(
             f"the tokenizer has {vocabulary} tokens but the model predicts only {rows}; "
@@ -158,6 +159,33 @@ def output_layer(model: Any, tokenizer: Any) -> OutputLayer:
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
     bias = getattr(layer, "bias", None)
     return OutputLayer(layer.weight, bias, scale, None if softcap is None else float(softcap), vocabulary)
+
+
+def check_output_layer(model: Any, layer: OutputLayer) -> None:
+    """Compare the layer with the model's own logits on a few tokens.
+
+    Raises:
+        ModelError: they differ: the architecture does something to its logits that `OutputLayer` does not know.
+    """
+    import torch
+
+    ids = torch.arange(1, 5, device=layer.weight.device)[None] % layer.valid_vocab
+    training = model.training
+    with torch.no_grad():
+        model.eval()
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        expected = model(input_ids=ids, use_cache=False).logits[0].float()
+        model.train(training)
+        logits = (torch.nn.functional.linear(hidden, layer.weight, layer.bias).float()) * layer.scale
+        if layer.softcap is not None:
+            logits = layer.softcap * torch.tanh(logits / layer.softcap)
+    scale = float(expected.abs().max().clamp_min(1e-6))
+    difference = float((logits - expected).abs().max())
+    if difference > scale * (1e-3 if hidden.dtype == torch.float32 else 3e-2):
+        raise ModelError(
+            f"{type(model).__name__} computes its logits in a way that is not supported: the output layer alone is off "
+            f"by {difference:.3g} (logits up to {scale:.3g}). Use another model, or report the architecture"
+        )
 
 
 def context_length(config: Any) -> int | None:
@@ -191,6 +219,8 @@ def fingerprint(teacher: Teacher, k: int) -> str:
         "k": k,
         "dtype": teacher.dtype,
         "backend": teacher.backend,
+        "ends": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "rendering": RENDERING,
     }
     return _sha(json.dumps(parts, sort_keys=True).encode())[:32]
 

@@ -6,6 +6,7 @@ at a token boundary in every model, and the response is followed by the one toke
 
 from __future__ import annotations
 
+import datetime
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from rayfuse.errors import DataError, ModelError
 
 log = logging.getLogger(__name__)
 _MARK = "rayfuse-marks-the-response"
+TODAY = datetime.date(2025, 1, 1)
+"""The date that templates which print today's date are given: a prompt must not depend on when it is rendered."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ class Renderer:
 
     def _template(self, messages: list[dict[str, str]], *, open_turn: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=open_turn, strftime_now=TODAY.strftime
+            )
         except Exception as error:  # templates are programs: they raise anything
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
@@ -69,7 +74,10 @@ class Renderer:
             ) from error
 
     def _find_end_of_turn(self) -> int:
-        """The first token of what the template writes after the assistant's text; without a template, eos."""
+        """The first special token that the template writes after the assistant's text; without a template, eos.
+
+        Where it writes no special token there, the first token that it writes.
+        """
         if not self.plain:
             turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _MARK}]
             try:
@@ -79,8 +87,9 @@ class Renderer:
             if not found:
                 raise ModelError(f"the chat template of {self.name} leaves the assistant's text out")
             ids = self.tokenizer.encode(after, add_special_tokens=False) if after.strip() else []
+            special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
             if ids:
-                return int(ids[0])
+                return int(next((i for i in ids if i in special), ids[0]))
         if self.tokenizer.eos_token_id is None:
             raise ModelError(
                 f"{self.name} has no end-of-turn token: its template writes nothing after the assistant's text and the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from typing import Any
 
@@ -11,7 +12,7 @@ import ray
 from rayfuse.config import Config, Student, Teacher
 from rayfuse.errors import RayfuseError
 
-# Set before ray reads them: fewer surprises on a laptop and after a lost node.
+# For Ray itself and for all worker processes: fewer surprises on a laptop and after a lost node.
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     # After a node loss the old reservation never comes back: do not wait a minute for it.
@@ -25,9 +26,9 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
-PREPARE_CPUS = 0.5
-"""A prepare task mostly waits for teachers and disks."""
-EVALUATE_CPUS = 1.0
+PREPARE_CPUS = 0.01
+"""A prepare task mostly waits for teachers and disks. It must never hold what a teacher needs to start; how many there
+are is bounded by student.prefetch."""
 START_ATTEMPTS = 3
 """Ray gives an embedded node 30 seconds to start, which a busy machine may need more than once."""
 SERVE_OVERHEAD_CPUS = 1.0
@@ -75,8 +76,8 @@ def connect(config: Config) -> bool:
 
 def _local_cpus(config: Config) -> int:
     teachers = sum(teacher.cpus * teacher.replicas.max for teacher in config.teachers)
-    student = config.student.workers * (config.student.cpus + 2 * PREPARE_CPUS)
-    return max(os.cpu_count() or 1, round(teachers + student + SERVE_OVERHEAD_CPUS + 0.5))
+    student = config.student.workers * (config.student.cpus + config.student.prefetch * PREPARE_CPUS)
+    return max(os.cpu_count() or 1, math.ceil(teachers + student + SERVE_OVERHEAD_CPUS))
 
 
 def prepare_task() -> dict[str, Any]:
@@ -84,14 +85,14 @@ def prepare_task() -> dict[str, Any]:
     return {"num_cpus": PREPARE_CPUS, "max_retries": 10}
 
 
-def evaluate_task(gpus: float) -> dict[str, Any]:
+def measure_task() -> dict[str, Any]:
+    """Options of a task that tokenizes a part of the data set."""
+    return {"num_cpus": 1, "max_retries": 10}
+
+
+def evaluate_task(model: Teacher) -> dict[str, Any]:
     """Options of the evaluation of one model."""
-    return {"num_cpus": EVALUATE_CPUS, "num_gpus": gpus, "max_retries": 2}
-
-
-def export_task() -> dict[str, Any]:
-    """Options of small tasks on the files of a run."""
-    return {"num_cpus": 0.1, "max_retries": 2}
+    return {"num_cpus": model.cpus, "num_gpus": model.gpus, "max_retries": 2}
 
 
 def teacher_deployment(teacher: Teacher) -> dict[str, Any]:

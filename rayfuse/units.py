@@ -91,7 +91,7 @@ def _measure_all(config: Config, groups: Sequence[tuple[Sample, ...]]) -> list[l
     """The sizes of every group's samples, measured in chunks by parallel tasks (the first chunk here)."""
     samples = [sample for group in groups for sample in group]
     chunks = [samples[i : i + MEASURE_CHUNK] for i in range(0, len(samples), MEASURE_CHUNK)]
-    task = ray.remote(measure).options(**resources.prepare_task())
+    task = ray.remote(measure).options(**resources.measure_task())
     waiting = [task.remote(config.student, config.teachers, chunk) for chunk in chunks[1:]]
     first = measure(config.student, config.teachers, chunks[0])
     sizes = iter([size for chunk in [first, *ray.get(waiting)] for size in chunk])

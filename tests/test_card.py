@@ -54,7 +54,7 @@ def config(tmp_path: Path) -> Config:
             "data": "/home/me/data/train.jsonl",
             "stages": ["sft", {"method": "infifusion", "lam": 0.75, "steps": 1200}],
             "output": str(tmp_path / "runs" / "fused"),
-            "signals": {"store": "s3://user:secret@bucket/signals"},
+            "signals": {"store": "s3://bucket/signals?token=secret"},
             "evaluate": str(tmp_path / "heldout.jsonl"),
             "cluster": {"address": "ray://10.1.2.3:10001"},
         }

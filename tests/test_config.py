@@ -141,9 +141,20 @@ REFUSED = {
     "none of the choices": (stage(space="cosine"), r"stages.0.space: .*'logits' or 'probs' \(is 'cosine'\)"),
     "number format": (
         tree(student={"model": "a", "dtype": "int8"}),
-        r"student.dtype: .*'float32', 'bfloat16' or 'float16' \(is 'int8'\)",
+        r"student.dtype: .*'float32' or 'bfloat16' \(is 'int8'\)",
     ),
     "unknown method": (tree(stages=["distill"]), r"stages.0: unknown method 'distill'; there are: sft, infifusion"),
+    "password in a URL": (
+        tree(signals={"store": "sftp://u:secret@h/p"}),
+        r"signals.store: has a user name or password",
+    ),
+    "teacher named like a folder of the run": (
+        tree(teachers=[{"model": "a/b", "name": "model"}]),
+        r"teacher name 'model' stands for something else",
+    ),
+    "teacher named dots": (tree(teachers=[{"model": "a/b", "name": ".."}]), r"and a letter or digit first"),
+    "student in float16": (tree(student={"model": "a/b", "dtype": "float16"}), r"student.dtype"),
+    "several GPUs for one worker": (tree(student={"model": "a/b", "gpus": 2}), r"student.gpus"),
     "unknown method in a section": (tree(stages=[{"method": "grpo"}]), r"stages.0: unknown method 'grpo'"),
     "method of another type": (tree(stages=[{"method": ["sft"]}]), r"stages.0: unknown method \['sft'\]"),
     "stage of another type": (tree(stages=[5]), r"stages.0: unknown method 5"),

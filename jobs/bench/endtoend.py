@@ -7,7 +7,8 @@ The student is a small untrained Llama with Qwen's tokenizer (151,646 tokens), t
 (49,152), trained here for a minute on the same text: docstrings of the standard library and HumanEval solutions (what
 jobs/smollm2_world.py makes). Both sides train float32 with AdamW, the same rate, warm-up, cosine and clipping, half
 cross-entropy and half ULD; TRL with its defaults otherwise (byte-aligned "extended" ULD), but off-policy and without
-gradient checkpointing. Each runs alone in a process of its own, so that its start counts; nothing is stored beforehand.
+gradient checkpointing. `rayfuse` uses TRL's distance, the L1 of sorted probabilities, on the top 10; `z-score` is
+InfiFusion's own. Each runs alone in a process of its own, so that its start counts; nothing is stored beforehand.
 
 total       seconds from the process's start to its end: imports, Ray, loading, data, training, saving
 training    the trainer's own clock over all steps; rayfuse's holds its waiting for the teacher, whose start included
@@ -27,6 +28,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -134,8 +137,8 @@ def run_trl(world: Path, output: Path, steps: int, batch: int) -> None:
     _write_times(output, seconds)
 
 
-def run_rayfuse(world: Path, output: Path, steps: int, batch: int) -> None:
-    """One InfiFusion stage: embedded Ray, the teacher on Serve, an empty store."""
+def run_rayfuse(world: Path, output: Path, steps: int, batch: int, **loss: Any) -> None:
+    """One InfiFusion stage: embedded Ray, the teacher on Serve, an empty store; `loss` changes its settings."""
     from rayfuse.config import parse_config
     from rayfuse.fuse import fuse
 
@@ -152,6 +155,7 @@ def run_rayfuse(world: Path, output: Path, steps: int, batch: int) -> None:
                     "learning_rate": RATE,
                     "warmup": WARMUP,
                     "save_every": 10_000,
+                    **loss,
                 }
             ],
             "output": str(output / "run"),
@@ -165,7 +169,11 @@ def run_rayfuse(world: Path, output: Path, steps: int, batch: int) -> None:
     _write_times(output, [record["seconds"] for record in records if "seconds" in record])
 
 
-SIDES = {"trl": run_trl, "rayfuse": run_rayfuse}
+SIDES: dict[str, Callable[[Path, Path, int, int], None]] = {
+    "trl": run_trl,
+    "rayfuse": partial(run_rayfuse, standardized=False, space="probs"),
+    "z-score": run_rayfuse,
+}
 
 
 def _write_times(output: Path, seconds: list[float]) -> None:
@@ -196,20 +204,26 @@ def measure(side: str, world: Path, output: Path, steps: int, batch: int) -> dic
 
 def _memory(root: int) -> int:
     """Proportional resident bytes of a process and all its descendants: shared pages count once."""
-    parents: dict[int, list[int]] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                parents.setdefault(parent, []).append(int(folder.name))
-    total, todo = 0, [root]
-    while todo:
-        pid = todo.pop()
-        todo += parents.get(pid, [])
+    total = 0
+    for pid in descendants(root):
         with contextlib.suppress(OSError, StopIteration):
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
             total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
     return total
+
+
+def descendants(root: int) -> list[int]:
+    """A process and everything it started, by process id."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(folder.name))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
 
 
 def bits_per_byte(model: Path, world: Path) -> tuple[float, tuple[float, float]]:

@@ -1,12 +1,13 @@
 """Tokens per second from teachers to student without any model: Serve, prepare tasks, signal store, object store.
 
-    python jobs/bench/stream.py [--units 40] [--rounds 3] [--seconds 0.2] [--quick]
+    python jobs/bench/stream.py [--units 40] [--rounds 3] [--teachers 1 2 3] [--seconds 0.2] [--quick]
 
 Three parts, on an embedded Ray that this script starts and ends:
 - padding: share of padded tokens in teacher and student batches, for realistic distributions of lengths.
 - flow: 1 to 3 stub teachers answer random valid top-10 signals for units of 5,120 tokens. The whole path (UnitStream,
   prepare_unit, TeacherClient, TeacherReplica, SignalStore) against raw Ray actors that return the same; the ways take
-  turns. A token counts once, however many teachers answered it.
+  turns. A token counts once, however many teachers answered it. On a machine that others use, look at the processor
+  time per token (of all processes) and at what the cores could do with it.
 - scaling: one teacher that sleeps `--seconds` per unit, with 1 to 8 replicas, asked by prepare tasks.
 
 The stub is an ordinary backend: `StubReplica` registers it in the replica's own process and is else a TeacherReplica.
@@ -15,6 +16,7 @@ The stub is an ordinary backend: `StubReplica` registers it in the replica's own
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shutil
@@ -31,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from endtoend import descendants
 from measure import machine
 from ray import serve
 from signals import random_signals
@@ -101,7 +104,7 @@ def deploy(teachers: Sequence[tuple[Teacher, str]]) -> None:
     for teacher, fingerprint in teachers:
         options = resources.teacher_deployment(teacher)
         served: Any = serve.deployment(StubReplica, name=teacher.name, **options)  # type: ignore[call-overload]
-        serve.run(served.bind(teacher, K), name=deployment.application_name(fingerprint), route_prefix=None)
+        serve.run(served.bind(teacher, K), name=deployment.application_name(teacher, fingerprint), route_prefix=None)
 
 
 def world(folder: Path, units: int, response_bytes: int, offset: int = 0) -> list[list[Sample]]:
@@ -179,7 +182,22 @@ def stream(spec: PrepareSpec, units: list[list[Sample]], prefetch: int, filling:
     return seconds
 
 
-def flow(folder: Path, count: int, rounds: int, rows: int, prefetch: int) -> None:
+def _processor_seconds() -> float:
+    """Of this process and all of Ray's processes that it started, up to now."""
+    ticks = 0
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _cores(processor_seconds: float) -> float:
+    """Thousands of tokens per second that all cores of this machine could do, had they nothing else to do."""
+    return (os.cpu_count() or 1) / processor_seconds / 1e3
+
+
+def flow(folder: Path, counts: Sequence[int], count: int, rounds: int, rows: int, prefetch: int) -> None:
     """Tokens per second with 1, 2 and 3 teachers, by every way."""
     units = world(folder / "student", count, 4 * rows)
     tokens = count * UNIT * rows
@@ -188,7 +206,10 @@ def flow(folder: Path, count: int, rounds: int, rows: int, prefetch: int) -> Non
     clients = [deployment.TeacherClient(*item) for item in stubs]
     actors: list[Any] = [RawActor.remote(teacher, K) for teacher, _ in stubs]
     print(f"flow: {count} units of {UNIT} x {rows} tokens, {prefetch} in flight, stub teachers, k {K}")
-    for teachers in (1, 2, 3):
+    used = _processor_seconds()
+    time.sleep(2)
+    print(f"Ray and Serve doing nothing use {(_processor_seconds() - used) / 2:.2f} cores; that is in every line below")
+    for teachers in counts:
         student, store = stubs[0][0], folder / f"store-{teachers}"
         spec = PrepareSpec(student, tuple(stubs[:teachers]), str(store), K, "bytes", 1 << 20)
         sft = replace(spec, teachers=())
@@ -213,21 +234,24 @@ def flow(folder: Path, count: int, rounds: int, rows: int, prefetch: int) -> Non
         if teachers == 1:
             ways["prepare without teachers (SFT)"] = lambda sft=sft: stream(sft, units, prefetch)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
+        cpu: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(rounds + 1):
             shutil.rmtree(store, ignore_errors=True)
             for name, way in ways.items():
-                begun = time.perf_counter()
+                begun, used = time.perf_counter(), _processor_seconds()
                 way()
                 if turn:
                     seconds[name].append(time.perf_counter() - begun)
+                    cpu[name].append(_processor_seconds() - used)
         peer = statistics.median(seconds["raw actors"])
         for name, taken in seconds.items():
-            median = statistics.median(taken)
+            median, processor = statistics.median(taken), statistics.median(cpu[name]) / tokens
             print(
                 f"{teachers} teacher{'s' * (teachers > 1)}  {name:<31} {tokens / median / 1e3:8.0f}k tokens/s "
-                f"({teachers * tokens / median / 1e3:6.0f}k signals/s)  {peer / median:5.2f} x raw actors"
+                f"({teachers * tokens / median / 1e3:6.0f}k signals/s)  {peer / median:5.2f} x raw actors  "
+                f"{processor * 1e6:6.2f} CPU us per token ({_cores(processor):.0f}k tokens/s on {os.cpu_count()} cores)"
             )
-    deployment.delete([fingerprint for _, fingerprint in stubs])
+    deployment.delete(stubs)
     for actor in actors:
         ray.kill(actor)
 
@@ -261,7 +285,7 @@ def scaling(folder: Path, replicas: Sequence[int], seconds: float, per_replica: 
     for count in replicas:
         teacher, name = stub(f"slow-{count}", folder / "student", rows, seconds, count)
         deploy([(teacher, name)])
-        _wait_for_replicas(name, count)
+        _wait_for_replicas(deployment.application_name(teacher, name), count)
         spec = PrepareSpec(teacher, ((teacher, name),), str(folder / f"store-{name}"), K, "bytes", 1 << 20)
         filling = per_replica * count
         rates = []
@@ -275,13 +299,12 @@ def scaling(folder: Path, replicas: Sequence[int], seconds: float, per_replica: 
             f"{count} replica{'s' if count > 1 else ' '}  {rate:6.2f} units/s  {100 * rate * seconds / count:5.1f} % "
             f"of {count / seconds:.0f} units/s  {100 * rate / count / first:5.1f} % of {count} times one replica"
         )
-        deployment.delete([name])
+        deployment.delete([(teacher, name)])
 
 
-def _wait_for_replicas(fingerprint: str, count: int) -> None:
-    name = deployment.application_name(fingerprint)
+def _wait_for_replicas(application: str, count: int) -> None:
     while True:
-        parts = serve.status().applications[name].deployments.values()
+        parts = serve.status().applications[application].deployments.values()
         if all(part.replica_states.get("RUNNING", 0) >= count for part in parts):
             return
         time.sleep(0.2)
@@ -290,6 +313,7 @@ def _wait_for_replicas(fingerprint: str, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--units", type=int, default=40, help="units per measurement of the flow")
+    parser.add_argument("--teachers", type=int, nargs="*", default=[1, 2, 3])
     parser.add_argument("--rounds", type=int, default=3, help="rounds; the median counts")
     parser.add_argument("--in-flight", type=int, default=4, help="units in preparation at a time (student.prefetch)")
     parser.add_argument("--seconds", type=float, default=0.2, help="what the slow teacher sleeps per unit")
@@ -309,7 +333,7 @@ def main() -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         prepare_cost(folder, args.units, rows)
-        flow(folder, args.units, args.rounds, rows, args.in_flight)
+        flow(folder, args.teachers, args.units, args.rounds, rows, args.in_flight)
         scaling(folder, args.replicas, args.seconds, args.per_replica, calls, args.rounds)
     finally:
         ray.shutdown()

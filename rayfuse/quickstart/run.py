@@ -17,7 +17,7 @@ from rayfuse.fuse import fuse
 from rayfuse.quickstart.world import World, build_world
 
 CACHE = Path("~/.cache/rayfuse")
-MARK = "quickstart"
+MARK = ".rayfuse-quickstart"
 """Name of the file that tells a quickstart's folder from one with somebody's work in it."""
 
 
@@ -29,7 +29,7 @@ def run_quickstart(folder: Path, cache: Path | None, console: Console) -> None:
     """
     begun = time.monotonic()
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / MARK).exists():
+        if not (folder / MARK).is_file():
             raise CheckpointError(f"{folder} holds something that is not an earlier quickstart; give another --folder")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

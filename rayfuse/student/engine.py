@@ -19,16 +19,16 @@ from rayfuse.batch import FusionBatch
 from rayfuse.config import Stage, Student
 from rayfuse.errors import StudentError
 from rayfuse.losses import HeadOutput, fused_head, token_logps
-from rayfuse.models import load_causal_lm, load_tokenizer, output_layer
+from rayfuse.models import check_output_layer, load_causal_lm, load_tokenizer, output_layer, vocabulary_size
 
 
 class _HiddenToHead(nn.Module):
     """The model and its fused head as one module, so that DDP sees one forward."""
 
-    def __init__(self, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, vocabulary: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
-        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
         self.dtype = dtype
 
     def forward(self, batch: dict[str, torch.Tensor], k: int | None) -> HeadOutput | torch.Tensor:
@@ -38,12 +38,13 @@ class _HiddenToHead(nn.Module):
             hidden_BTH = self.model.base_model(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
             ).last_hidden_state
-        layer = output_layer(self.model, self.tokenizer)
+        layer = output_layer(self.model, self.vocabulary)
         hidden_NH = hidden_BTH.flatten(0, 1)[batch["positions"]].to(self.dtype)
         weight = layer.weight.to(self.dtype)
+        options = layer.options() | {"bias": None if layer.bias is None else layer.bias.to(self.dtype)}
         if k is None:
-            return token_logps(hidden_NH, weight, batch["labels"], **layer.options())
-        return fused_head(hidden_NH, weight, batch["labels"], k, picks=batch.get("soft_ids"), **layer.options())
+            return token_logps(hidden_NH, weight, batch["labels"], **options)
+        return fused_head(hidden_NH, weight, batch["labels"], k, picks=batch.get("soft_ids"), **options)
 
 
 class TorchEngine:
@@ -66,7 +67,9 @@ class TorchEngine:
         if student.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.export_dtype = getattr(torch, student.dtype)
-        module = _HiddenToHead(self.model, self.tokenizer, self.export_dtype)
+        vocabulary = vocabulary_size(self.tokenizer)
+        check_output_layer(self.model, output_layer(self.model, vocabulary))
+        module = _HiddenToHead(self.model, vocabulary, self.export_dtype)
         self.module: nn.Module = nn.parallel.DistributedDataParallel(module) if self.world > 1 else module
         self.named = dict(self.model.named_parameters())
         matrices = [p for p in self.named.values() if p.dim() >= 2]
@@ -156,7 +159,7 @@ class TorchEngine:
                 self.named[name].copy_(value)
         for entry, value in state["optimizer"].items():
             name, key = entry.rsplit("/", 1)
-            self.optimizer.state[self.named[name]][key] = value.to(self.device if key != "step" else "cpu")
+            self.optimizer.state[self.named[name]][key] = value.to(self.device)
 
     def export(self, folder: Path) -> None:
         """Write a complete Hugging Face model: safetensors, tokenizer, chat template, generation configuration."""
@@ -164,7 +167,8 @@ class TorchEngine:
         for name, value in self.model.state_dict().items():
             if value.data_ptr() not in seen:  # a tied weight is stored once, under its first name
                 seen.add(value.data_ptr())
-                weights[name] = value.detach().to("cpu", self.export_dtype)
+                dtype = self.export_dtype if value.is_floating_point() else value.dtype
+                weights[name] = value.detach().to("cpu", dtype)
         config = self.model.config
         previous, config.dtype = config.dtype, self.export_dtype
         self.model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
@@ -173,4 +177,4 @@ class TorchEngine:
 
 
 ENGINES = {"torch": TorchEngine}
-"""Engine by name."""
+"""Engine by its name in the configuration (student.engine)."""

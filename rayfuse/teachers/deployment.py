@@ -7,6 +7,7 @@ behind scales to zero by itself. Scaling, health checks, draining and routing ar
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import random
 import time
@@ -35,6 +36,8 @@ class TeacherReplica:
     """One copy of a teacher. The model runs in one thread, so that health checks are answered meanwhile."""
 
     def __init__(self, teacher: Teacher, k: int) -> None:
+        self.name = teacher.name
+        self.broken = ""
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
         # Everything touches torch in the same thread: its number of threads is set per thread pool.
         self.backend = self.thread.submit(BACKENDS[teacher.backend], teacher, k).result()
@@ -42,12 +45,32 @@ class TeacherReplica:
     async def score(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
         """The packed signals of a unit. Idempotent."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.thread, lambda: pack(self.backend.score(samples)))
+        return await loop.run_in_executor(self.thread, self._score, samples)
+
+    def _score(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+        import torch
+
+        try:
+            return pack(self.backend.score(samples))
+        except torch.OutOfMemoryError as error:
+            raise TeacherError(
+                f"teacher {self.name} is out of memory: lower its batch_tokens, or data.unit_size. {error}"
+            ) from error
+        except torch.AcceleratorError as error:
+            # After a fault of the device every later call of this process fails too: let Serve replace it.
+            self.broken = str(error)
+            raise
+
+    def check_health(self) -> None:
+        """Called by Serve; raises where this copy can answer no more, and is then replaced."""
+        if self.broken:
+            raise TeacherError(f"teacher {self.name}: the device failed: {self.broken}")
 
 
-def application_name(fingerprint: str) -> str:
-    """The Serve application of a teacher."""
-    return f"rayfuse-teacher-{fingerprint}"
+def application_name(teacher: Teacher, fingerprint: str) -> str:
+    """The Serve application of a teacher: runs that ask for the same answers by the same means share it."""
+    means = teacher.model_dump_json(include={"cpus", "gpus", "batch_tokens", "replicas"})
+    return f"rayfuse-teacher-{fingerprint}-{hashlib.sha256(means.encode()).hexdigest()[:8]}"
 
 
 def deploy(teachers: Sequence[tuple[Teacher, str]], k: int) -> None:
@@ -56,18 +79,21 @@ def deploy(teachers: Sequence[tuple[Teacher, str]], k: int) -> None:
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
     running = serve.status().applications
     for teacher, fingerprint in teachers:
-        name = application_name(fingerprint)
+        name = application_name(teacher, fingerprint)
         if name in running and running[name].status in ("RUNNING", "DEPLOYING"):
             continue
         options = resources.teacher_deployment(teacher)
         deployment: Any = serve.deployment(TeacherReplica, name=teacher.name, **options)  # type: ignore[call-overload]
-        serve.run(deployment.bind(teacher, k), name=name, route_prefix=None)
+        try:
+            serve.run(deployment.bind(teacher, k), name=name, route_prefix=None)
+        except RuntimeError as error:  # with replicas.min >= 1 Serve waits for the first replica
+            raise TeacherError(f"teacher {teacher.name} ({teacher.model}) cannot start: {error}") from error
 
 
-def delete(fingerprints: Sequence[str]) -> None:
-    """Remove teachers' applications at once (otherwise they scale to zero by themselves)."""
-    for fingerprint in fingerprints:
-        serve.delete(application_name(fingerprint), _blocking=False)
+def delete(teachers: Sequence[tuple[Teacher, str]]) -> None:
+    """Remove the applications of (teacher, fingerprint) at once; otherwise they scale to zero by themselves."""
+    for teacher, fingerprint in teachers:
+        serve.delete(application_name(teacher, fingerprint), _blocking=False)
 
 
 class TeacherClient:
@@ -75,7 +101,7 @@ class TeacherClient:
 
     def __init__(self, teacher: Teacher, fingerprint: str) -> None:
         self.teacher = teacher
-        self.name = application_name(fingerprint)
+        self.name = application_name(teacher, fingerprint)
         self.handle = serve.get_app_handle(self.name)
 
     def score(self, samples: Sequence[Sample]) -> Callable[[], list[TopKSignals]]:
@@ -95,7 +121,8 @@ class TeacherClient:
                 try:
                     return unpack(response.result(timeout_s=CALL_TIMEOUT_S))
                 except TimeoutError:
-                    self._raise_if_failed()
+                    if self._has_replicas():  # it works: this unit is only queued behind others
+                        deadline = time.monotonic() + self.teacher.patience_s
                     cause: Exception = TimeoutError(f"no answer within {self.teacher.patience_s:.0f} s")
                     lost = False
                 except RayTaskError as error:
@@ -107,7 +134,7 @@ class TeacherClient:
                 except (RayActorError, RayServeException, RayError, ConnectionError) as error:
                     # A replica died or is being replaced; the call is idempotent.
                     if isinstance(error, DeploymentUnavailableError):
-                        self._raise_if_failed()
+                        self._has_replicas()
                     cause, lost = error, True
                 if time.monotonic() > deadline:
                     raise TeacherError(
@@ -126,8 +153,12 @@ class TeacherClient:
     def _send(self, samples: Sequence[Sample]) -> Any:
         return self.handle.score.remote(list(samples))
 
-    def _raise_if_failed(self) -> None:
-        """Turn a deployment that cannot start into an error that says why, instead of waiting for it."""
+    def _has_replicas(self) -> bool:
+        """Whether a replica is running.
+
+        Raises:
+            TeacherError: the deployment cannot start, with the reason, instead of waiting for it; or it is gone.
+        """
         application = serve.status().applications.get(self.name)
         if application is None:
             raise TeacherError(f"teacher {self.teacher.name} was removed from the cluster ({self.name})")
@@ -136,3 +167,5 @@ class TeacherClient:
                 raise TeacherError(
                     f"teacher {self.teacher.name} ({self.teacher.model}) cannot start: {deployment.message[-2000:]}"
                 )
+        states: list[Any] = [deployment.replica_states for deployment in application.deployments.values()]
+        return any(of_deployment.get("RUNNING", 0) > 0 for of_deployment in states)

@@ -15,7 +15,14 @@ from rayfuse.config import Teacher
 from rayfuse.data import Sample
 from rayfuse.errors import TeacherError
 from rayfuse.losses import teacher_topk
-from rayfuse.models import context_length, load_causal_lm, load_tokenizer, output_layer
+from rayfuse.models import (
+    check_output_layer,
+    context_length,
+    load_causal_lm,
+    load_tokenizer,
+    output_layer,
+    vocabulary_size,
+)
 from rayfuse.render import Rendered, Renderer
 from rayfuse.signals import TopKSignals
 
@@ -37,7 +44,8 @@ class TransformersTeacher:
             # The bits of a matrix product depend on the number of threads: it is part of the configuration.
             torch.set_num_threads(max(1, int(teacher.cpus)))
         self.model = load_causal_lm(teacher).to(self.device)
-        self.layer = output_layer(self.model, self.renderer.tokenizer)
+        self.layer = output_layer(self.model, vocabulary_size(self.renderer.tokenizer))
+        check_output_layer(self.model, self.layer)
         self.context = context_length(self.model.config)
         self.vocab_size = self.layer.valid_vocab
         if k > self.vocab_size:
@@ -101,8 +109,11 @@ class TransformersTeacher:
                 max_new_tokens=max_new_tokens,
                 eos_token_id=end,
                 pad_token_id=end,
+                # The model's own generation_config must not change what is compared.
                 top_k=0,
                 top_p=1.0,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
                 **sampling,
             )
             for b, i in enumerate(batch):

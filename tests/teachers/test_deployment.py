@@ -52,14 +52,14 @@ def test_a_killed_replica_is_replaced_and_the_answer_is_the_same(tiny, tmp_path,
     for mine, theirs in zip(first, local, strict=True):
         assert mine.logps.tobytes() == theirs.logps.tobytes()
         assert mine.token_logps.tobytes() == theirs.token_logps.tobytes()
-    (replica,) = _replicas(application_name(name))
+    (replica,) = _replicas(application_name(teacher, name))
     waits = [client.score(samples) for _ in range(3)]
     os.kill(replica.pid, signal.SIGKILL)
     for wait in [*waits, client.score(samples)]:
         for mine, theirs in zip(wait(), first, strict=True):
             assert mine.logps.tobytes() == theirs.logps.tobytes()
             assert mine.ids.tobytes() == theirs.ids.tobytes()
-    assert replica.pid not in [process.pid for process in _replicas(application_name(name))]
+    assert replica.pid not in [process.pid for process in _replicas(application_name(teacher, name))]
 
 
 @pytest.mark.slow
@@ -71,13 +71,13 @@ def test_an_idle_teacher_scales_to_zero_and_comes_back(tiny, tmp_path, cluster):
     deploy([(teacher, name)], K)
     client = TeacherClient(teacher, name)
     client.score(_samples(tiny))()
-    assert len(_replicas(application_name(name))) == 1
+    assert len(_replicas(application_name(teacher, name))) == 1
     deadline = time.monotonic() + 90
-    while _replicas(application_name(name)):
+    while _replicas(application_name(teacher, name)):
         assert time.monotonic() < deadline, "the idle teacher keeps its replica"
         time.sleep(1)
     assert len(client.score(_samples(tiny))()) == 8
-    delete([name])
+    delete([(teacher, name)])
 
 
 @pytest.mark.slow
@@ -87,6 +87,6 @@ def test_a_teacher_that_was_removed_is_an_error_that_says_so(tiny, tmp_path, clu
     name = fingerprint(teacher, K)
     deploy([(teacher, name)], K)
     client = TeacherClient(teacher, name)
-    serve.delete(application_name(name))
+    serve.delete(application_name(teacher, name))
     with pytest.raises(TeacherError, match=r"removed from the cluster|did not answer"):
         client.score(_samples(tiny))()

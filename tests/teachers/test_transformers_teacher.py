@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rayfuse.config import Model, Teacher
 from rayfuse.data import Sample, read_samples
 from rayfuse.errors import ModelError, TeacherError
-from rayfuse.models import fingerprint, output_layer
+from rayfuse.models import check_output_layer, fingerprint, output_layer, vocabulary_size
 from rayfuse.teachers.transformers import TransformersTeacher, length_batches
 
 K = 7
@@ -135,7 +135,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tiny):
     tokenizer = AutoTokenizer.from_pretrained(tiny.model("code"))
     tokenizer.add_tokens(["another word"])
     with pytest.raises(ModelError, match="do not belong together"):
-        output_layer(model, tokenizer)
+        output_layer(model, vocabulary_size(tokenizer))
 
 
 def test_fingerprint_names_all_that_answers_depend_on(tiny, tmp_path):
@@ -194,3 +194,12 @@ def test_sampled_answers_depend_on_the_seed_alone(tiny, teacher):
     first = teacher.generate(_samples(tiny, 6), **ask, seed=1)
     assert first == teacher.generate(_samples(tiny, 6), **ask, seed=1)
     assert first != teacher.generate(_samples(tiny, 6), **ask, seed=2)
+
+
+def test_an_output_layer_that_does_more_than_it_says_is_refused(tiny):
+    """A model that scales its logits in an unknown way would give wrong signals: it is refused."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.model("code"), dtype=torch.float32)
+    layer = output_layer(model, model.config.vocab_size)
+    check_output_layer(model, layer)
+    with pytest.raises(ModelError, match="not supported"):
+        check_output_layer(model, dataclasses.replace(layer, scale=0.5))
