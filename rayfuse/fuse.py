@@ -110,7 +110,7 @@ def _open_run_folder(config: Config, resume: bool) -> None:
     folder = Path(config.output)
     there = folder / "config.json"
     text = config_json(config)
-    if there.exists():
+    if there.exists() and (folder / "stages").exists():  # a run that trained nothing has nothing to lose
         if not resume:
             raise CheckpointError(f"{folder} already holds a run: go on with --resume, or use another `output`")
         before, now = json.loads(there.read_text(encoding="utf-8")), json.loads(text)

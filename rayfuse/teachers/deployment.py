@@ -92,8 +92,11 @@ def deploy(teachers: Sequence[tuple[Teacher, str]], k: int) -> None:
 
 def delete(teachers: Sequence[tuple[Teacher, str]]) -> None:
     """Remove the applications of (teacher, fingerprint) at once; otherwise they scale to zero by themselves."""
+    running = serve.status().applications
     for teacher, fingerprint in teachers:
-        serve.delete(application_name(teacher, fingerprint), _blocking=False)
+        name = application_name(teacher, fingerprint)
+        if name in running:
+            serve.delete(name, _blocking=False)
 
 
 class TeacherClient:
