@@ -23,8 +23,8 @@ quickstart: $(VENV)/.core  ## train three small experts, fuse them into a fourth
 test: $(VENV)/.dev lint  ## lint, types and the default tests
 	$(BIN)/python -m pytest -q
 
-slow: $(VENV)/.dev  ## the tests that take minutes, and those that kill processes
-	$(BIN)/python -m pytest -q -m "slow or chaos"
+slow: $(VENV)/.dev  ## the tests that take minutes, and those that kill processes (without the benchmarks' own)
+	$(BIN)/python -m pytest -q -m "slow or chaos" --ignore tests/bench
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
