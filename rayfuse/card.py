@@ -222,7 +222,8 @@ def _data(config: Config, counts: dict[str, Any]) -> str:
         return ""
     text = (
         f"{counts['rows']:,} rows of {_code(public_name(config.data.path))}; {counts['bad_rows']:,} malformed rows "
-        f"were skipped, {counts['too_long']:,} samples longer than {config.data.max_length:,} tokens dropped. "
+        f"were skipped, {counts['too_long']:,} samples longer than {config.data.max_length:,} tokens and "
+        f"{counts.get('unreadable', 0):,} that a model cannot read exactly were dropped. "
         f"Trained on {counts['samples']:,} samples (one for each assistant turn), with the prompt cut in "
         f"{counts['cut']:,} of them."
     )

@@ -46,6 +46,7 @@ def write_report(output: Path) -> Path:
         _section("What the teachers were asked", _asked_section(stages)),
         _section("Where the time went", _time_section(results.get("times", {}), stages)),
         _section("Data", _data_section(results.get("data", {}), stages)),
+        _section("Preference pairs", _data_section(results.get("preferences", {}), {})),
         _section("Configuration", _config_section(config)),
     ]
     style = Path(__file__).with_name("report_style.html").read_text(encoding="utf-8")
@@ -294,7 +295,8 @@ def _data_section(data: Record, stages: dict[str, list[Record]]) -> str:
         ("rows read", data["rows"], ""),
         ("malformed rows, skipped", data["bad_rows"], reason),
         ("samples too long, dropped", data["too_long"], ""),
-        ("samples trained on", data["samples"], "one for each assistant turn of a row"),
+        ("samples that a model cannot read, dropped", data.get("unreadable", 0), data.get("first_unreadable", "")),
+        ("samples trained on", data["samples"], "one for each assistant turn (or pair) of a row"),
         ("of these, prompt cut from the left", data["cut"], ""),
     ]
     if damaged:
