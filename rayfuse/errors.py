@@ -51,7 +51,3 @@ class CheckpointError(RayfuseError, RuntimeError):
 
 class StudentError(RayfuseError, RuntimeError):
     """The student group failed to train."""
-
-
-class EvaluationError(RayfuseError, RuntimeError):
-    """An evaluation could not be carried out."""
