@@ -12,9 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 import shutil
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +20,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from rayfuse.config import Dtype
 from rayfuse.errors import ConfigError, ModelError
+from rayfuse.shards import FLOATS, INDEX, Kind, Shards, some_of, write_shard
 
 Method = Literal["task_arithmetic", "ties", "sce"]
 DENSITIES = {"ties": 0.2, "sce": 0.1}  # the papers' own
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 TEMPLATES = "additional_chat_templates"
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -213,7 +208,7 @@ def merge(
             raise ConfigError(f"merge: the output {output} is one of the models to merge; name another folder")
     if output.exists():
         raise ConfigError(f"merge: the output {output} exists; remove it or name another folder")
-    root, *leaves = [_Folder.open(model) for model in (base, *students)]
+    root, *leaves = [Shards.open(model) for model in (base, *students)]
     for leaf in leaves:
         _check_student(root, leaf, any_float=dtype is not None)
     half = output.with_name(f".{output.name}.half")
@@ -256,112 +251,27 @@ def _recipe(method: str, count: int, weights: Sequence[float] | None, density: f
     )
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What safetensors says of a tensor: its dtype's name ("BF16") and its shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def bits(self) -> int:
-        """Bits per element, which safetensors writes into the name of every dtype but BOOL."""
-        digits = re.search(r"\d+", self.dtype)
-        return int(digits[0]) if digits else 8
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return math.prod(self.shape) * self.bits // 8
-
-    def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}"
-
-
-def _merged_kind(kind: _Kind, dtype: Dtype | None) -> _Kind:
+def _merged_kind(kind: Kind, dtype: Dtype | None) -> Kind:
     if dtype is None or kind.dtype not in FLOATS:
         return kind
-    return next(_Kind(name, kind.shape) for name, value in FLOATS.items() if value == getattr(torch, dtype))
+    return next(Kind(name, kind.shape) for name, value in FLOATS.items() if value == getattr(torch, dtype))
 
 
-@dataclass(frozen=True)
-class _Folder:
-    """The safetensors of one model folder.
-
-    Attributes:
-        path: the folder.
-        files: file name of each tensor.
-        kinds: dtype and shape of each tensor.
-        index: content of model.safetensors.index.json; None where the weights are one file.
-    """
-
-    path: Path
-    files: dict[str, str]
-    kinds: dict[str, _Kind]
-    index: dict[str, Any] | None
-
-    @classmethod
-    def open(cls, path: Path) -> _Folder:
-        """Read which tensors a folder has, and none of their values.
-
-        Raises:
-            ModelError: there are no safetensors, or they are damaged or incomplete.
-        """
-        if (path / INDEX).is_file():
-            try:
-                index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-                files = dict(index["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"{path / INDEX} is damaged: {type(error).__name__}: {error}") from error
-        elif (path / SINGLE).is_file():
-            index, files = None, {}
-        else:
-            raise ModelError(f"{path} has neither {SINGLE} nor {INDEX}; a merge needs complete models in safetensors")
-        kinds: dict[str, _Kind] = {}
-        for file in sorted(set(files.values())) or [SINGLE]:
-            if Path(file).name != file:
-                raise ModelError(f"{path / INDEX} names the file {file!r}, which is not in that folder")
-            try:
-                with safe_open(path / file, framework="pt") as shard:
-                    found = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
-                    for name, part in found.items():
-                        if index is None or files.get(name) == file:
-                            kinds[name] = _Kind(part.get_dtype(), tuple(part.get_shape()))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"cannot read {path / file}: {type(error).__name__}: {error}") from error
-        if index is None:
-            files = dict.fromkeys(kinds, SINGLE)
-        lost = sorted(files.keys() - kinds.keys())
-        if lost:
-            raise ModelError(f"{path}: {INDEX} promises {_some(lost)}, but {files[lost[0]]} lacks {lost[0]}")
-        return cls(path, files, kinds, index)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, memory-mapped: the mapping goes with the tensor."""
-        with safe_open(self.path / self.files[name], framework="pt") as shard:
-            tensor: torch.Tensor = shard.get_tensor(name)
-        return tensor
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _check_student(base: _Folder, student: _Folder, *, any_float: bool) -> None:
-    def fits(kind: _Kind, other: _Kind) -> bool:
+def _check_student(base: Shards, student: Shards, *, any_float: bool) -> None:
+    def fits(kind: Kind, other: Kind) -> bool:
         return kind == other or (
             any_float and kind.shape == other.shape and kind.dtype in FLOATS and other.dtype in FLOATS
         )
 
     complaints = []
     if lacks := sorted(base.kinds.keys() - student.kinds.keys()):
-        complaints.append(f"it lacks {_some(lacks)}")
+        complaints.append(f"it lacks {some_of(lacks)}")
     if extra := sorted(student.kinds.keys() - base.kinds.keys()):
-        complaints.append(f"only it has {_some(extra)}")
+        complaints.append(f"only it has {some_of(extra)}")
     both = sorted(base.kinds.keys() & student.kinds.keys())
     if other := [name for name in both if not fits(base.kinds[name], student.kinds[name])]:
         pairs = [f"{name} is {student.kinds[name]} instead of {base.kinds[name]}" for name in other]
-        complaints.append(_some(pairs))
+        complaints.append(some_of(pairs))
     if complaints:
         advice = "students must be trained from this base"
         if other and all(base.kinds[name].shape == student.kinds[name].shape for name in other):
@@ -394,15 +304,13 @@ def _with_dtype(tree: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
 
 
 def _write_weights(
-    folder: Path, base: _Folder, students: Sequence[_Folder], method: str, recipe: Recipe, dtype: Dtype | None
+    folder: Path, base: Shards, students: Sequence[Shards], method: str, recipe: Recipe, dtype: Dtype | None
 ) -> None:
     """The merged weights, in shards that hold what the base's shards hold."""
     kinds = {name: _merged_kind(kind, dtype) for name, kind in base.kinds.items()}
     for file in sorted(set(base.files.values())):
         part = {name: kind for name, kind in kinds.items() if base.files[name] == file}
-        _write_shard(
-            folder / file, part, lambda name: _merged_tensor(name, base, students, kinds[name], method, recipe)
-        )
+        write_shard(folder / file, part, lambda name: _merged_tensor(name, base, students, kinds[name], method, recipe))
     if base.index is not None:
         metadata = {**base.index.get("metadata", {}), "total_size": sum(kind.size for kind in kinds.values())}
         index = {"metadata": metadata, "weight_map": base.files}
@@ -410,7 +318,7 @@ def _write_weights(
 
 
 def _merged_tensor(
-    name: str, base: _Folder, students: Sequence[_Folder], kind: _Kind, method: str, recipe: Recipe
+    name: str, base: Shards, students: Sequence[Shards], kind: Kind, method: str, recipe: Recipe
 ) -> torch.Tensor:
     """The merged tensor `name`, of dtype and shape `kind`."""
     base_tensor, *students_S = [model.tensor(name) for model in (base, *students)]
@@ -426,26 +334,3 @@ def _merged_tensor(
     if not torch.isfinite(merged).all():
         raise ModelError(f"the merged {name} leaves the range of {kind.dtype}: lower scale, or choose another dtype")
     return merged
-
-
-def _write_shard(path: Path, kinds: dict[str, _Kind], tensor_of: Callable[[str], torch.Tensor]) -> None:
-    """Write a safetensors file one tensor at a time (the library's own writer wants all of a file in memory).
-
-    The format: 8 bytes little-endian length of the header, the header in JSON, padded to 8 bytes, then the values.
-    Wide numbers come first, so that every tensor is aligned.
-    """
-    names = sorted(kinds, key=lambda name: (-kinds[name].bits, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        begin, end = end, end + kinds[name].size
-        header[name] = {"dtype": kinds[name].dtype, "shape": list(kinds[name].shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            values = tensor_of(name).contiguous().reshape(-1).view(torch.uint8).numpy()
-            assert values.nbytes == kinds[name].size, name
-            values.tofile(file)
-            del values  # or two tensors would be in memory while the next one is computed

@@ -23,7 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rayfuse.errors import ConfigError, ModelError
-from rayfuse.merge import INDEX, MERGES, SINGLE, Recipe, merge
+from rayfuse.merge import MERGES, Recipe, merge
+from rayfuse.shards import INDEX, SINGLE
 
 GOLDEN = Path(__file__).parent / "data" / "merge_golden.safetensors"
 CONFIG = {
