@@ -146,7 +146,7 @@ class Source:
 
 def _needed(config: Config) -> list[bool]:
     """Which sources the stages read: `data` (False), `preferences` (True), or both, in this order."""
-    return sorted({METHODS[stage.method].uses_preferences for stage in config.stages})
+    return sorted({stage.uses_preferences for stage in config.stages})
 
 
 def load_source(config: Config, preferences: bool, console: Console) -> Source:
@@ -166,7 +166,7 @@ def load_source(config: Config, preferences: bool, console: Console) -> Source:
 
 def _fingerprints(config: Config) -> dict[str, str]:
     """Each teacher's fingerprint, by its name; none where no stage asks a teacher."""
-    if not any(METHODS[stage.method].uses_teachers for stage in config.stages):
+    if not any(stage.uses_teachers for stage in config.stages):
         return {}
     with ThreadPoolExecutor(4) as pool:
         prints = pool.map(lambda teacher: fingerprint(teacher, config.signals.k), config.teachers)
@@ -176,14 +176,14 @@ def _fingerprints(config: Config) -> dict[str, str]:
 def _stage_job(config: Config, index: int, fingerprints: dict[str, str], sources: Mapping[bool, Source]) -> StageJob:
     stage = config.stages[index]
     method = METHODS[stage.method]
-    source = sources[method.uses_preferences]
+    source = sources[stage.uses_preferences]
     previous = index > 0 and stage.start_from == "previous"
     start = str(config.stage_folder(index - 1) / "model") if previous else config.student.model
-    teachers = [(teacher, fingerprints[teacher.name]) for teacher in config.teachers if method.uses_teachers]
-    if method.uses_preferences:
+    teachers = [(teacher, fingerprints[teacher.name]) for teacher in config.teachers if stage.uses_teachers]
+    if stage.uses_preferences:
         initial = as_teacher(config, "initial", start if previous else None)
         teachers.append((initial, fingerprint(initial, config.signals.k)))
-    data = cast(Data, config.preferences) if method.uses_preferences else config.data
+    data = cast(Data, config.preferences) if stage.uses_preferences else config.data
     spec = PrepareSpec(
         student=config.student,
         teachers=tuple(teachers),
@@ -192,7 +192,7 @@ def _stage_job(config: Config, index: int, fingerprints: dict[str, str], sources
         alignment=getattr(stage, "alignment", "bytes"),
         max_length=data.max_length,
         graphs=method.uses_graphs,
-        responses=method.uses_preferences,
+        responses=stage.uses_preferences,
         soft=(stage.width, stage.temper) if isinstance(stage, ByteKD) else None,
     )
     identity = {

@@ -81,7 +81,7 @@ def make_batches(
     teachers = [(Teacher(model=str(folder), name=f"stub-{s}"), str(s)) for s in range(TEACHERS)]
     spec = PrepareSpec(
         student=student,
-        teachers=tuple(teachers) if METHODS[method].uses_teachers else (),
+        teachers=tuple(teachers) if STAGES[method].uses_teachers else (),
         store=str(folder / "store"),
         k=K,
         alignment="bytes",

@@ -29,34 +29,30 @@ Loss = Callable[[Any, Any, FusionBatch, Counts], tuple[torch.Tensor, Parts]]
 
 @dataclass(frozen=True)
 class Method:
-    """A stage's method.
+    """A stage's method. On preferences, the batch's samples are chosen, rejected, chosen, ..., the student's output is
+    log-probabilities, and the last target is the stage's first model.
 
     Attributes:
         loss: its loss on one micro-batch.
-        uses_teachers: whether prepare tasks must bring the teachers' signals.
-        uses_graphs: whether they must bring the features of the teachers' logit graphs too.
-        uses_preferences: whether it learns from preference pairs; then the batch's samples are chosen, rejected,
-            chosen, ..., the student's output is log-probabilities, and the last target is the stage's first model.
+        uses_graphs: whether prepare tasks must bring the features of the teachers' logit graphs.
     """
 
     loss: Loss
-    uses_teachers: bool
     uses_graphs: bool = False
-    uses_preferences: bool = False
 
 
 METHODS: dict[str, Method] = {
-    "sft": Method(sft_loss, uses_teachers=False),
-    "infifusion": Method(infifusion_loss, uses_teachers=True),
-    "infigfusion": Method(infigfusion_loss, uses_teachers=True, uses_graphs=True),
-    "bytekd": Method(bytekd_loss, uses_teachers=True),
-    "infifpo": Method(infifpo_loss, uses_teachers=True, uses_preferences=True),
-    "dpo": Method(dpo_loss, uses_teachers=False, uses_preferences=True),
+    "sft": Method(sft_loss),
+    "infifusion": Method(infifusion_loss),
+    "infigfusion": Method(infigfusion_loss, uses_graphs=True),
+    "bytekd": Method(bytekd_loss),
+    "infifpo": Method(infifpo_loss),
+    "dpo": Method(dpo_loss),
 }
 
 
 def ranks(config: Config, stage: Stage) -> int | None:
     """K of a stage: how many ranks of each position its loss compares; None for preferences, which compare none."""
-    if METHODS[stage.method].uses_preferences:
+    if stage.uses_preferences:
         return None
     return getattr(stage, "k", None) or config.signals.k

@@ -67,7 +67,7 @@ class StageJob:
     @property
     def data(self) -> Data:
         """The section of the data that the stage learns from."""
-        preferences = METHODS[self.stage.method].uses_preferences
+        preferences = self.stage.uses_preferences
         return cast(Data, self.config.preferences) if preferences else self.config.data
 
     @property

@@ -1,0 +1,66 @@
+"""A run's configuration: one YAML file, checked as a whole before anything starts.
+
+A value is valid or it raises; nothing is adjusted silently. Keys that do not exist are refused. The resolved
+configuration (every default filled in) is what `config.json` in the run folder holds. This module imports neither
+torch nor ray, so that `rayfuse --help` and a wrong key answer at once.
+
+The shortest run:
+
+    student: microsoft/phi-4
+    teachers: [Qwen/Qwen2.5-14B-Instruct, mistralai/Mistral-Small-24B-Instruct-2501]
+    data: train.jsonl
+    stages: [infifusion]
+    output: runs/phi4-fused
+"""
+
+from __future__ import annotations
+
+from rayfuse.config.data import Benchmark, Data, Signals
+from rayfuse.config.loading import apply_override, config_json, load_config, parse_config
+from rayfuse.config.models import Model, Student
+from rayfuse.config.run import Cluster, Config
+from rayfuse.config.section import Dtype, Place, Section
+from rayfuse.config.stages import (
+    DPO,
+    SFT,
+    STAGES,
+    ByteKD,
+    Distillation,
+    InfiFPO,
+    InfiFusion,
+    InfiGFusion,
+    Merge,
+    Preference,
+    Stage,
+)
+from rayfuse.config.teachers import Replicas, Teacher
+
+__all__ = [
+    "DPO",
+    "SFT",
+    "STAGES",
+    "Benchmark",
+    "ByteKD",
+    "Cluster",
+    "Config",
+    "Data",
+    "Distillation",
+    "Dtype",
+    "InfiFPO",
+    "InfiFusion",
+    "InfiGFusion",
+    "Merge",
+    "Model",
+    "Place",
+    "Preference",
+    "Replicas",
+    "Section",
+    "Signals",
+    "Stage",
+    "Student",
+    "Teacher",
+    "apply_override",
+    "config_json",
+    "load_config",
+    "parse_config",
+]

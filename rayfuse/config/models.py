@@ -1,0 +1,46 @@
+"""Where models come from, and the student: the pivot that is trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rayfuse.config.section import Dtype, Section
+
+
+class Model(Section):
+    """Where a model comes from, and how it is loaded."""
+
+    model: str = Field(min_length=1, description="Hugging Face id or local folder")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model; a commit pins it")
+    tokenizer: str | None = Field(None, description="id or folder of the tokenizer; default: the model's own")
+    gguf_file: str | None = Field(None, description="name of a GGUF file inside `model`, loaded through transformers")
+    dtype: Dtype = Field("bfloat16", description="number format of the weights while they are used")
+    trust_remote_code: str | None = Field(
+        None, description="repeat the model's name here to run the Python code that ships with it; never on by default"
+    )
+
+    @model_validator(mode="after")
+    def _remote_code_isnamed(self) -> Model:
+        if self.trust_remote_code is not None and self.trust_remote_code != self.model:
+            raise ValueError(
+                f"trust_remote_code must repeat the model's name {self.model!r} to allow its code to run, "
+                f"but is {self.trust_remote_code!r}"
+            )
+        return self
+
+
+class Student(Model):
+    """The pivot: the model that the teachers are fused into."""
+
+    engine: Literal["torch"] = Field("torch", description="what trains: plain PyTorch, data-parallel with DDP")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="number format of the forward and backward pass (weights: float32)"
+    )
+    workers: int = Field(1, ge=1, description="data-parallel training processes")
+    cpus: float = Field(1.0, gt=0, description="CPU cores per worker")
+    gpus: Literal[0, 1] = Field(0, description="GPUs per worker; 0: on the CPU")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 30% slower")
+    prefetch: int = Field(4, ge=1, description="units each worker keeps in preparation ahead of its step")
+    max_failures: int = Field(3, ge=0, description="restarts from the last checkpoint before the run gives up")

@@ -1,0 +1,167 @@
+"""The stages of a run: one class per method, with its knobs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from rayfuse.config.section import Section, named
+
+
+class Stage(Section):
+    """What every stage has: how long, how fast, from which model."""
+
+    uses_teachers: ClassVar[bool] = False
+    """Whether the stage learns from the teachers' answers."""
+    uses_preferences: ClassVar[bool] = False
+    """Whether it learns from `preferences` instead of `data`; batch_size then counts pairs."""
+
+    method: str
+    start_from: Literal["previous", "pivot"] = Field(
+        "previous", description="the model this stage starts from: the stage before it, or the untouched student"
+    )
+    steps: int | None = Field(None, ge=1, description="optimiser steps; give this or epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; default 1 when steps is not given")
+    batch_size: int = Field(64, ge=1, description="samples per optimiser step over all workers (whole units)")
+    learning_rate: float = Field(1e-5, gt=0, description="peak of the cosine schedule")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with linear warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay (matrices only)")
+    grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    save_every: int = Field(200, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="checkpoints kept per stage")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Stage:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"give steps or epochs, not both (steps={self.steps}, epochs={self.epochs})")
+        return self
+
+
+class SFT(Stage):
+    """Supervised fine-tuning: cross-entropy on the responses."""
+
+    method: Literal["sft"] = "sft"
+
+
+class Distillation(Stage):
+    """What the stages that compare top-K logits share."""
+
+    uses_teachers: ClassVar[bool] = True
+
+    lam: float = Field(0.5, ge=0, le=1, description="weight of the distillation term; 1 - lam is that of the SFT term")
+    k: int | None = Field(None, ge=2, description="ranks compared; default and upper limit: signals.k")
+    standardized: bool = Field(True, description="z-score the K logits of each position (no temperature needed)")
+    space: Literal["logits", "probs"] = Field("logits", description="compare logits, or their softmax over the kept K")
+    alignment: Literal["bytes", "position"] = Field(
+        "bytes", description="pair positions that have read equally many bytes, or simply t with t (ablation)"
+    )
+    over_teachers: Literal["sum", "mean"] = Field("sum", description="how the teachers' distances are added up")
+
+
+class Merge(Section):
+    """How the students of pairwise InfiFusion become one model."""
+
+    method: Literal["task_arithmetic", "ties", "sce"] = Field(description="formula of the merge")
+    density: float | None = Field(
+        None, gt=0, le=1, description="share of each tensor's elements kept by ties (default 0.2) and sce (0.1)"
+    )
+    scale: float = Field(1.0, gt=0, description="factor on the merged difference to the model the stage starts from")
+
+
+class InfiFusion(Distillation):
+    """InfiFusion (arXiv 2501.02795): cross-entropy plus the standardised top-K distance to the teachers.
+
+    Unified: one student learns from all teachers. Pairwise (`merge` given): a student per teacher, then merged.
+    """
+
+    method: Literal["infifusion"] = "infifusion"
+    merge: Annotated[Merge | None, BeforeValidator(lambda value: named(value, "method"))] = Field(
+        None, description="pairwise form: train one student per teacher, and merge them so"
+    )
+
+
+class InfiGFusion(Distillation):
+    """InfiGFusion (arXiv 2505.13893): InfiFusion plus the closed-form distance between graphs on the logits."""
+
+    method: Literal["infigfusion"] = "infigfusion"
+    alpha: float = Field(1.0, ge=0, description="weight of the graph distance beside the rank distance")
+
+
+class ByteKD(Stage):
+    """Byte-prefix distillation (ours): the teachers' probabilities carried onto the student's tokens, byte by byte."""
+
+    uses_teachers: ClassVar[bool] = True
+
+    method: Literal["bytekd"] = "bytekd"
+    lam: float = Field(
+        0.5, ge=0, le=1, description="share of the teachers in the target; 1 - lam is the written text's"
+    )
+    width: int = Field(16, ge=2, description="student tokens kept per position in the teachers' target")
+    temper: float = Field(1.0, ge=0, description="how strongly a teacher's likelihood of the response weighs; 0: equal")
+
+
+class Preference(Stage):
+    """What the stages on preference pairs share. They read `preferences`, and batch_size counts pairs."""
+
+    uses_preferences: ClassVar[bool] = True
+
+    learning_rate: float = Field(1e-7, gt=0, description="peak of the cosine schedule")
+    beta: float = Field(2.5, gt=0, description="strength of the preference: 2.5 with length_norm, 0.1 without")
+    length_norm: bool = Field(True, description="divide a response's log-probability by the model's own token count")
+    variant: Literal["fpo", "ipo"] = Field("fpo", description="log-sigmoid loss, or IPO's squared one")
+
+
+class InfiFPO(Preference):
+    """InfiFPO (arXiv 2505.13878): preference optimisation against the teachers' fused sequence probabilities."""
+
+    uses_teachers: ClassVar[bool] = True
+
+    method: Literal["infifpo"] = "infifpo"
+    rule: Literal["max_margin", "mean", "confidence"] = Field("max_margin", description="how teachers are fused")
+    clip: bool = Field(True, description="bound each teacher by the initial model: above on rejected, below on chosen")
+    margin_from: Literal["policy", "initial"] = Field(
+        "policy", description="max_margin measures from the current policy, or from the model the stage starts from"
+    )
+
+
+class DPO(Preference):
+    """DPO (arXiv 2305.18290), length-normalised unless told otherwise: the reference is the stage's first model."""
+
+    method: Literal["dpo"] = "dpo"
+
+
+STAGES: dict[str, type[Stage]] = {
+    "sft": SFT,
+    "infifusion": InfiFusion,
+    "infigfusion": InfiGFusion,
+    "bytekd": ByteKD,
+    "infifpo": InfiFPO,
+    "dpo": DPO,
+}
+
+
+def _stage_tag(value: Any) -> str:
+    method = value.get("method") if isinstance(value, dict) else getattr(value, "method", None)
+    return method if isinstance(method, str) else ""
+
+
+def _as_stage(value: Any) -> Any:
+    value = named(value, "method")
+    if isinstance(value, dict) and "method" not in value:
+        raise ValueError(f"method is missing; there are: {', '.join(STAGES)}")
+    if _stage_tag(value) not in STAGES:
+        method = value["method"] if isinstance(value, dict) else value
+        raise ValueError(f"unknown method {method!r}; there are: {', '.join(STAGES)}")
+    return value
+
+
+if TYPE_CHECKING:
+    AnyStage = Stage
+else:
+    AnyStage = Annotated[
+        Union[tuple(Annotated[stage, Tag(name)] for name, stage in STAGES.items())],  # noqa: UP007 (a tuple of types)
+        Discriminator(_stage_tag),
+        BeforeValidator(_as_stage),
+    ]
+    """A stage in a configuration: a method's name, or a section with `method` and its knobs."""
