@@ -1,4 +1,4 @@
-"""Teachers on Ray Serve: replicas that score whole units, and the client that asks them.
+"""Teachers on Ray Serve: replicas that score and answer whole units, and the client that asks them.
 
 The application of a teacher is named by its fingerprint: two runs on one cluster share it, and what a killed run leaves
 behind scales to zero by itself. Scaling, health checks, draining and routing are Serve's.
@@ -11,9 +11,9 @@ import hashlib
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from ray import serve
@@ -28,6 +28,7 @@ from rayfuse.signals import TopKSignals, pack, unpack
 from rayfuse.teachers import BACKENDS
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 CALL_TIMEOUT_S = 30.0
 """How long one wait for an answer lasts before the teacher's state is looked at; the call itself goes on."""
 
@@ -44,14 +45,21 @@ class TeacherReplica:
 
     async def score(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
         """The packed signals of a unit. Idempotent."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.thread, self._score, samples)
+        return await self._compute(lambda: pack(self.backend.score(samples)))
 
-    def _score(self, samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    async def generate(self, samples: Sequence[Sample], options: Mapping[str, Any]) -> list[str]:
+        """An answer to each sample's prompt; `options` are the keyword arguments of Backend.generate. Idempotent."""
+        return await self._compute(lambda: self.backend.generate(samples, **options))
+
+    async def _compute(self, work: Callable[[], T]) -> T:
+        """Run `work` in the model's thread, and tell faults of the device from others."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, self._guarded, work)
+
+    def _guarded(self, work: Callable[[], T]) -> T:
         import torch
 
         try:
-            return pack(self.backend.score(samples))
+            return work()
         except torch.OutOfMemoryError as error:
             raise TeacherError(
                 f"teacher {self.name} is out of memory: lower its batch_tokens, or data.unit_size. {error}"
@@ -114,15 +122,40 @@ class TeacherClient:
             RayfuseError: the teacher refuses this input; asking again would not help.
             TeacherError: the teacher cannot start, or did not answer for `patience_s` seconds.
         """
-        response = self._send(samples)
+        return self._ask(unpack, "score", list(samples))
 
-        def wait() -> list[TopKSignals]:
+    def generate(
+        self,
+        samples: Sequence[Sample],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Callable[[], list[str]]:
+        """Send a unit of prompts; the returned function waits for the answers. See Backend.generate; raises as score.
+
+        The call's arguments fix the answers, whichever replica gives them.
+        """
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "temperature": temperature,
+            "seed": seed,
+        }
+        return self._ask(list, "generate", list(samples), options)
+
+    def _ask(self, read: Callable[[Any], T], method: str, *arguments: Any) -> Callable[[], T]:
+        """Call the replicas' `method`; the returned function waits for what it gives, sends again, and reads it."""
+        response = self._send(method, arguments)
+
+        def wait() -> T:
             nonlocal response
             deadline = time.monotonic() + self.teacher.patience_s
             attempt = 0
             while True:
                 try:
-                    return unpack(response.result(timeout_s=CALL_TIMEOUT_S))
+                    return read(response.result(timeout_s=CALL_TIMEOUT_S))
                 except TimeoutError:
                     if self._has_replicas():  # it works: this unit is only queued behind others
                         deadline = time.monotonic() + self.teacher.patience_s
@@ -149,12 +182,12 @@ class TeacherClient:
                     if not isinstance(cause, BackPressureError):
                         log.warning("teacher %s: asking again after %s", self.teacher.name, type(cause).__name__)
                     time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
-                    response = self._send(samples)
+                    response = self._send(method, arguments)
 
         return wait
 
-    def _send(self, samples: Sequence[Sample]) -> Any:
-        return self.handle.score.remote(list(samples))
+    def _send(self, method: str, arguments: Sequence[Any]) -> Any:
+        return getattr(self.handle, method).remote(*arguments)
 
     def _has_replicas(self) -> bool:
         """Whether a replica is running.

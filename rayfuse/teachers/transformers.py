@@ -25,6 +25,7 @@ from rayfuse.models import (
 )
 from rayfuse.render import Rendered, Renderer
 from rayfuse.signals import TopKSignals
+from rayfuse.teachers.sampling import SeededSampling
 
 
 class TransformersTeacher:
@@ -86,9 +87,9 @@ class TransformersTeacher:
             max_new_tokens: longest answer.
             batch_size: prompts generated at a time, of similar length.
             temperature: 0 is greedy.
-            seed: of the sampling; the same samples and seed give the same answers.
+            seed: of the sampling; the same samples and seed give the same bits. An answer's random numbers depend on
+                its own prompt and the seed alone; see sampling.
         """
-        torch.manual_seed(seed)
         room = None if self.context is None else max(1, self.context - max_new_tokens)
         prompts = [self.renderer.prompt_ids(sample)[-room if room else 0 :] for sample in samples]
         end = self.renderer.end_of_turn
@@ -102,11 +103,23 @@ class TransformersTeacher:
             for b, i in enumerate(batch):
                 input_ids_BT[b, T - len(prompts[i]) :] = torch.from_numpy(prompts[i])
                 mask_BT[b, T - len(prompts[i]) :] = 1
-            sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+            sampling = []
+            if temperature:
+                sampling = [
+                    SeededSampling(
+                        [samples[i] for i in batch],
+                        seed=seed,
+                        temperature=temperature,
+                        max_new_tokens=max_new_tokens,
+                        vocab_size=self.vocab_size,
+                    )
+                ]
             out_BT = self.model.generate(
                 input_ids=input_ids_BT.to(self.device),
                 attention_mask=mask_BT.to(self.device),
                 max_new_tokens=max_new_tokens,
+                do_sample=False,  # where there is sampling, the processor leaves one token to choose from
+                logits_processor=sampling,
                 eos_token_id=end,
                 pad_token_id=end,
                 # The model's own generation_config must not change what is compared.
@@ -114,7 +127,6 @@ class TransformersTeacher:
                 top_p=1.0,
                 repetition_penalty=1.0,
                 no_repeat_ngram_size=0,
-                **sampling,
             )
             for b, i in enumerate(batch):
                 ids = out_BT[b, T:].tolist()

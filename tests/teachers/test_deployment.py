@@ -62,6 +62,18 @@ def test_a_killed_replica_is_replaced_and_the_answer_is_the_same(tiny, tmp_path,
     assert replica.pid not in [process.pid for process in _replicas(application_name(teacher, name))]
 
 
+def test_a_deployed_teacher_answers_prompts_as_it_does_alone(tiny, tmp_path, cluster):
+    teacher = parse_config(tiny.tree(tmp_path)).teachers[0]
+    name = fingerprint(teacher, K)
+    deploy([(teacher, name)], K)
+    client = TeacherClient(teacher, name)
+    ask = {"max_new_tokens": 8, "batch_size": 4, "temperature": 0.8}
+    waits = [client.generate(_samples(tiny), **ask, seed=seed) for seed in (1, 2, 1)]
+    first, other, again = [wait() for wait in waits]
+    assert first == again != other
+    assert first == TransformersTeacher(teacher, K).generate(_samples(tiny), **ask, seed=1)
+
+
 @pytest.mark.slow
 def test_an_idle_teacher_scales_to_zero_and_comes_back(tiny, tmp_path, cluster):
     tree = tiny.tree(tmp_path)

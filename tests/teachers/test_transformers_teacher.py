@@ -12,6 +12,7 @@ from rayfuse.config import Model, Teacher
 from rayfuse.data import Sample, read_samples
 from rayfuse.errors import ModelError, TeacherError
 from rayfuse.models import check_output_layer, fingerprint, output_layer, vocabulary_size
+from rayfuse.teachers.sampling import SeededSampling
 from rayfuse.teachers.transformers import TransformersTeacher, length_batches
 
 K = 7
@@ -194,6 +195,44 @@ def test_sampled_answers_depend_on_the_seed_alone(tiny, teacher):
     first = teacher.generate(_samples(tiny, 6), **ask, seed=1)
     assert first == teacher.generate(_samples(tiny, 6), **ask, seed=1)
     assert first != teacher.generate(_samples(tiny, 6), **ask, seed=2)
+
+
+def test_an_answer_does_not_depend_on_the_prompts_beside_it(teacher, tiny):
+    """Whatever shares the batch, in whatever order and number, a prompt's answer stays (float32 leaves room enough)."""
+    samples = _samples(tiny, 8)
+    ask = {"max_new_tokens": 8, "temperature": 1.0, "seed": 5}
+    together = teacher.generate(samples, **ask, batch_size=8)
+    assert teacher.generate(samples[::-1], **ask, batch_size=3)[::-1] == together
+    assert [teacher.generate([sample], **ask, batch_size=1)[0] for sample in samples] == together
+
+
+def test_sampled_tokens_follow_the_tempered_distribution(teacher, tiny):
+    """First tokens of many seeds against the softmax of the model's own logits: a chi-squared test."""
+    from scipy.stats import chisquare
+
+    (sample,) = _samples(tiny, 1)
+    prompt = torch.from_numpy(teacher.renderer.prompt_ids(sample))[None]
+    with torch.no_grad():
+        probabilities = (teacher.model(prompt).logits[0, -1].double() / 0.2).softmax(-1).numpy()
+    draws, counts = 4000, np.zeros(len(probabilities))
+    scores = torch.from_numpy(np.log(probabilities) * 0.2)[None]
+    for seed in range(draws):
+        options = {"seed": seed, "temperature": 0.2, "max_new_tokens": 1, "vocab_size": teacher.vocab_size}
+        counts[int(SeededSampling([sample], **options)(None, scores).argmax())] += 1
+    likely = probabilities * draws >= 10
+    assert likely.sum() > 3
+    observed = np.append(counts[likely], counts[~likely].sum())
+    expected = np.append(probabilities[likely], probabilities[~likely].sum()) * draws
+    assert chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_padded_vocabulary_is_never_sampled(tiny):
+    (sample,) = _samples(tiny, 1)
+    scores = torch.tensor([[0.0, 0.0, 50.0]])
+    for seed in range(20):
+        left = SeededSampling([sample], seed=seed, temperature=1.0, max_new_tokens=1, vocab_size=2)(None, scores)
+        assert left[0, 2] == -torch.inf
+        assert (left == 0).sum() == 1
 
 
 def test_an_output_layer_that_does_more_than_it_says_is_refused(tiny):
