@@ -53,6 +53,7 @@ class _Vocabulary:
     composes: bool  # true where the tokenizer brings its input into Unicode form NFC
     size: int  # the number of tokens, V less the gaps
     reasons: dict[int, str]  # why the width of an id is UNKNOWN, where it is not a gap
+    fallbacks: frozenset[int]  # ids that write one byte of what the tokenizer has no piece for
 
 
 def byte_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | NDArray[Any]) -> NDArray[np.int64]:
@@ -78,6 +79,15 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes, ...]:
     a tokenizer whose bytes cannot be known.
     """
     return _vocabulary(tokenizer).pieces
+
+
+def bytes_to_ids(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
+    """The id that writes given bytes. Where several do, the one the tokenizer uses: a piece before a single byte of
+    SentencePiece's fall-back, a token added later before an earlier one. Raises AlignmentError as `token_bytes` does.
+    """
+    vocabulary = _vocabulary(tokenizer)
+    order = sorted(range(len(vocabulary.pieces)), key=lambda i: (i not in vocabulary.fallbacks, i))
+    return {vocabulary.pieces[i]: i for i in order if vocabulary.pieces[i]}
 
 
 def encode_response(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -269,7 +279,20 @@ def _build(tokenizer: PreTrainedTokenizerBase, backend: Any) -> _Vocabulary:
     widths[list(reasons)] = UNKNOWN
     spaced = np.fromiter((piece.startswith(b" ") for piece in pieces), dtype=bool, count=len(pieces))
     composes = any(part["type"] == "NFC" for part in normalizers)
-    return _Vocabulary(name, tuple(pieces), widths, added, spaced, prefix, bare, composes, len(vocabulary), reasons)
+    bytewise = (f"<0x{byte:02X}>" for byte in range(256) if byte_fallback and not byte_level)
+    return _Vocabulary(
+        name,
+        tuple(pieces),
+        widths,
+        added,
+        spaced,
+        prefix,
+        bare,
+        composes,
+        len(vocabulary),
+        reasons,
+        frozenset(vocabulary[token] for token in bytewise if token in vocabulary),
+    )
 
 
 def _parts(component: Any) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class TeacherTarget:
-    """One teacher's signals where they meet the student's positions.
+    """One teacher's signals where they meet the student's positions; which fields are filled, see targets.
 
     Attributes:
         teacher: its name.
@@ -20,6 +20,8 @@ class TeacherTarget:
         response_tokens: [B] float32 or None: its number of tokens under this model's tokenizer, end-of-turn counted.
         graph: [B, k] float32 or None: sorted node features of the teacher's logit graph of each sample, over all rows
             of the teacher (InfiGFusion needs no alignment).
+        ids: [P, k] int64 or None: the student's tokens that write the same bytes as those of `logps`, -1 where the
+            student has none.
     """
 
     teacher: str
@@ -29,6 +31,7 @@ class TeacherTarget:
     graph: np.ndarray | None = None
     response_logps: np.ndarray | None = None
     response_tokens: np.ndarray | None = None
+    ids: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ class FusionBatch:
         labels: [N] int64, the token each of them predicts (the last of a sample: end-of-turn).
         sample: [N] int64, which of the B samples a position belongs to.
         targets: one per teacher, in the order of the spec.
-        soft_ids, soft_mass: int64 and float32 [N, M] or None: the teachers' probabilities on the student's own tokens,
-            each row summing to 1; column 0 is the label (byte-prefix distillation).
+        picks: int64 [N, M] or None: tokens of the student whose logits the loss needs besides the top-K.
+        mass: float32 [N, M] or None: the teachers' probabilities on `picks`, each row summing to 1; column 0 of the
+            picks is then the label.
         stats: what it took: teacher name -> samples forwarded and found in the store, seconds, cut prompts.
     """
 
@@ -53,8 +57,8 @@ class FusionBatch:
     labels: np.ndarray
     sample: np.ndarray
     targets: tuple[TeacherTarget, ...] = ()
-    soft_ids: np.ndarray | None = None
-    soft_mass: np.ndarray | None = None
+    picks: np.ndarray | None = None
+    mass: np.ndarray | None = None
     stats: dict[str, float] = field(default_factory=dict)
 
     @property

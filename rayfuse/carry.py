@@ -18,7 +18,7 @@ Several teachers are mixed by how well they foresaw the whole response (a unifor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -35,14 +35,11 @@ class PrefixMap:
     """The longest token of a vocabulary that is a prefix of given bytes.
 
     Args:
-        pieces: [V] bytes of each id, empty for special tokens (see alignment.token_bytes).
+        ids: the id that writes given bytes (see alignment.bytes_to_ids).
     """
 
-    def __init__(self, pieces: Sequence[bytes]) -> None:
-        self.ids: dict[bytes, int] = {}
-        for index, piece in enumerate(pieces):
-            if piece:
-                self.ids.setdefault(piece, index)
+    def __init__(self, ids: Mapping[bytes, int]) -> None:
+        self.ids = ids
         self.longest = max(map(len, self.ids), default=0)
         self.find: Callable[[bytes], int | None] = lru_cache(maxsize=1 << 18)(self._find)
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from rayfuse import resources
 from rayfuse.card import write_card
 from rayfuse.check import check_evaluation, check_machine
-from rayfuse.config import ByteKD, Config, Data, InfiFusion, Merge, Model, Teacher, config_json
+from rayfuse.config import Config, Data, InfiFusion, Merge, Model, Teacher, config_json
 from rayfuse.data import DataCounts
 from rayfuse.errors import CheckpointError, ConfigError
 from rayfuse.evaluate import evaluate_model, read_items
@@ -175,7 +175,6 @@ def _fingerprints(config: Config) -> dict[str, str]:
 
 def _stage_job(config: Config, index: int, fingerprints: dict[str, str], sources: Mapping[bool, Source]) -> StageJob:
     stage = config.stages[index]
-    method = METHODS[stage.method]
     source = sources[stage.uses_preferences]
     previous = index > 0 and stage.start_from == "previous"
     start = str(config.stage_folder(index - 1) / "model") if previous else config.student.model
@@ -191,9 +190,8 @@ def _stage_job(config: Config, index: int, fingerprints: dict[str, str], sources
         k=ranks(config, stage),
         alignment=getattr(stage, "alignment", "bytes"),
         max_length=data.max_length,
-        graphs=method.uses_graphs,
-        responses=stage.uses_preferences,
-        soft=(stage.width, stage.temper) if isinstance(stage, ByteKD) else None,
+        targets=METHODS[stage.method].targets,
+        stage=stage,
     )
     identity = {
         "stage": stage.model_dump(mode="json", exclude={"save_every", "keep"}),

@@ -11,23 +11,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 import ray
 
-from rayfuse.alignment import align, align_by_position, token_bytes
 from rayfuse.batch import FusionBatch, TeacherTarget
-from rayfuse.carry import PrefixMap, TeacherSide, carry, mix, teacher_weights
-from rayfuse.config import Model, Teacher
+from rayfuse.config import Model, Stage, Teacher
 from rayfuse.data import Sample
 from rayfuse.errors import MissingSignalsError, RayfuseError
 from rayfuse.models import load_tokenizer
 from rayfuse.render import Rendered, Renderer
 from rayfuse.signals import TopKSignals
 from rayfuse.store import SignalStore
+from rayfuse.targets import TARGETS, Unit, bare_targets
+from rayfuse.vocabulary import Vocabularies
 
 
 class Scorer(Protocol):
@@ -48,9 +48,8 @@ class PrepareSpec:
         k: ranks that the batch carries per teacher position.
         alignment: "bytes" or "position".
         max_length: student tokens; longer prompts are cut from the left.
-        graphs: whether the batch carries the features of the teachers' logit graphs.
-        responses: whether it carries log-probabilities of whole responses instead of aligned top-K logits.
-        soft: (width, temper) where it carries the teachers' mass on the student's tokens; see carry.
+        targets: kinds of targets that the batch carries, in the order in which they are made; see targets.TARGETS.
+        stage: whose options the targets depend on, where they do.
     """
 
     student: Model
@@ -59,9 +58,8 @@ class PrepareSpec:
     k: int | None
     alignment: str
     max_length: int
-    graphs: bool = False
-    responses: bool = False
-    soft: tuple[int, float] | None = None
+    targets: tuple[str, ...] = ("ranks",)
+    stage: Stage | None = None
 
 
 class Preparer:
@@ -72,10 +70,7 @@ class Preparer:
         self.spec = spec
         self.renderer = Renderer(load_tokenizer(spec.student))
         self.store = SignalStore(spec.store)
-        if spec.soft:
-            self.prefixes = PrefixMap(token_bytes(self.renderer.tokenizer))
-            renderers = [Renderer(load_tokenizer(teacher)) for teacher, _ in spec.teachers]
-            self.readers = [(token_bytes(renderer.tokenizer), renderer.end_of_turn) for renderer in renderers]
+        self.vocabularies = Vocabularies(self.renderer, [teacher for teacher, _ in spec.teachers])
         self.scorers = [ask(teacher, fingerprint) for teacher, fingerprint in spec.teachers]
 
     def __call__(self, samples: Sequence[Sample]) -> FusionBatch:
@@ -88,14 +83,13 @@ class Preparer:
         stats: dict[str, float] = {}
         signals = self._signals(samples, stats)
         rendered = [self._render(sample) for sample in samples]
-        targets = tuple(
-            self._target(teacher, rendered, of_teacher, samples)
-            for of_teacher, (teacher, _) in zip(signals, self.spec.teachers, strict=True)
-        )
-        soft_ids, soft_mass = self._soft(samples, rendered, signals) if self.spec.soft else (None, None)
+        batch = _pack_batch(rendered, bare_targets(self.spec), stats)
+        unit = Unit(self.spec, self.vocabularies, samples, rendered, signals)
+        for kind in self.spec.targets if self.spec.teachers else ():
+            batch = TARGETS[kind](unit, batch)
         stats["cut"] = sum(item.cut > 0 for item in rendered)
         stats["seconds"] = time.perf_counter() - begun
-        return replace(_pack_batch(rendered, targets, stats), soft_ids=soft_ids, soft_mass=soft_mass)
+        return batch
 
     def _render(self, sample: Sample) -> Rendered:
         try:
@@ -133,76 +127,6 @@ class Preparer:
         stats["damaged"] = self.store.damaged
         self.store.damaged = 0
         return signals
-
-    def _soft(
-        self, samples: Sequence[Sample], rendered: Sequence[Rendered], signals: Sequence[Sequence[TopKSignals]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The teachers' mass on the student's tokens at every predicted position: ids and mass [N, M]."""
-        assert self.spec.soft is not None
-        width, temper = self.spec.soft
-        ids, mass = [], []
-        for b, (sample, item) in enumerate(zip(samples, rendered, strict=True)):
-            labels = item.response_ids.tolist()
-            carried = [
-                carry(TeacherSide(of_teacher[b], *reader), sample.response.encode(), item.ends, labels, self.prefixes)
-                for of_teacher, reader in zip(signals, self.readers, strict=True)
-            ]
-            weights = teacher_weights([of_teacher[b] for of_teacher in signals], temper)
-            of_sample = mix(carried, weights.tolist(), labels, width)
-            ids.append(of_sample[0])
-            mass.append(of_sample[1])
-        return np.concatenate(ids), np.concatenate(mass)
-
-    def _target(
-        self,
-        teacher: Teacher,
-        rendered: Sequence[Rendered],
-        signals: Sequence[TopKSignals],
-        samples: Sequence[Sample],
-    ) -> TeacherTarget:
-        if self.spec.responses:
-            return _responses(teacher, signals)
-        rows, logps = [], []
-        first_row = 0
-        for item, answer, sample in zip(rendered, signals, samples, strict=True):
-            try:
-                if self.spec.alignment == "bytes":
-                    pairs = align(item.ends, answer.byte_ends)
-                else:
-                    pairs = align_by_position(len(item.ends), len(answer.byte_ends))
-            except RayfuseError as error:
-                raise type(error)(f"teacher {teacher.name}, sample {sample.key[:12]}: {error}") from error
-            rows.append(first_row + pairs.student)
-            logps.append(answer.logps[pairs.teacher, : self.spec.k])
-            first_row += len(item.response_ids)
-        graph = graph_features([answer.logps[:, : self.spec.k] for answer in signals]) if self.spec.graphs else None
-        return TeacherTarget(teacher.name, teacher.weight, np.concatenate(rows), np.concatenate(logps), graph)
-
-
-def _responses(teacher: Teacher, signals: Sequence[TopKSignals]) -> TeacherTarget:
-    """Log-probability and length of whole responses under one model; nothing is aligned."""
-    return TeacherTarget(
-        teacher=teacher.name,
-        weight=teacher.weight,
-        rows=np.zeros(0, dtype=np.int64),
-        logps=np.zeros((0, 0), dtype=np.float16),
-        response_logps=np.array([answer.token_logps.sum(dtype=np.float64) for answer in signals], dtype=np.float32),
-        response_tokens=np.array([len(answer) for answer in signals], dtype=np.float32),
-    )
-
-
-def graph_features(logps: Sequence[np.ndarray]) -> np.ndarray:
-    """Teacher's side of InfiGFusion: sorted node features [B, k] float32 of B samples' logit graphs.
-
-    Args:
-        logps: per sample [L, k] top log-probabilities, over all of the teacher's rows.
-    """
-    import torch
-
-    from rayfuse.losses import gauge, gld_features
-
-    sample_N = torch.repeat_interleave(torch.tensor([len(rows) for rows in logps]))
-    return gld_features(gauge(torch.from_numpy(np.concatenate(logps))), sample_N, len(logps)).numpy()
 
 
 def _pack_batch(

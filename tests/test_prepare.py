@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from rayfuse.alignment import align
 from rayfuse.config import Data, parse_config
 from rayfuse.data import read_samples
 from rayfuse.errors import MissingSignalsError, TeacherError
 from rayfuse.models import fingerprint
 from rayfuse.prepare import Preparer, PrepareSpec
+from rayfuse.render import Renderer
 from rayfuse.store import SignalStore
 from rayfuse.teachers.transformers import TransformersTeacher
 
@@ -158,3 +160,42 @@ def test_position_alignment_pairs_t_with_t(world):
     rows = [len(rendered.renderer.render(sample).response_ids) for sample in samples]
     answers = rendered.scorers[0].score(samples)()
     assert len(by_position.targets[0].rows) == sum(min(n, len(answer)) for n, answer in zip(rows, answers, strict=True))
+
+
+def test_tokens_are_those_of_the_student_with_the_same_bytes(tiny, world):
+    """Each id is the student's token that decodes to the teacher's string; picks ask for it at its row."""
+    spec, samples = world
+    preparer = Preparer(dataclasses.replace(spec, targets=("ranks", "tokens")), Counting)
+    batch = preparer(samples)
+    student = AutoTokenizer.from_pretrained(tiny.model("pivot"))
+    vocabulary = student.get_vocab()
+    assert batch.picks.shape == (len(batch.labels), 2 * K)
+    for s, (target, scorer, name) in enumerate(zip(batch.targets, preparer.scorers, ("math", "code"), strict=True)):
+        teacher = AutoTokenizer.from_pretrained(tiny.model(name))
+        ids = np.concatenate(
+            [
+                answer.ids[align(preparer.renderer.render(sample).ends, answer.byte_ends).teacher]
+                for sample, answer in zip(samples, scorer.score(samples)(), strict=True)
+            ]
+        )
+        special = set(teacher.all_special_ids) | set(teacher.added_tokens_decoder)
+        end = Renderer(teacher).end_of_turn
+        expected = np.array(
+            [
+                [
+                    preparer.renderer.end_of_turn
+                    if i == end
+                    else -1
+                    if i in special
+                    else vocabulary.get(teacher.convert_ids_to_tokens(i), -1)
+                    for i in row
+                ]
+                for row in ids.tolist()
+            ]
+        )
+        np.testing.assert_array_equal(target.ids, expected)
+        assert (target.ids < 0).any()
+        assert (target.ids >= 0).mean() > 0.2
+        asked = batch.picks[target.rows, s * K : (s + 1) * K]
+        labels = np.repeat(batch.labels[target.rows, None], K, axis=1)
+        np.testing.assert_array_equal(asked, np.where(target.ids < 0, labels, target.ids))

@@ -86,7 +86,8 @@ def make_batches(
         k=K,
         alignment="bytes",
         max_length=256,
-        graphs=METHODS[method].uses_graphs,
+        targets=METHODS[method].targets,
+        stage=STAGES[method](method=method),
     )
     prepare = Preparer(spec, WordTeacher)
     for unit in units:

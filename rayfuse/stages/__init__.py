@@ -34,20 +34,20 @@ class Method:
 
     Attributes:
         loss: its loss on one micro-batch.
-        uses_graphs: whether prepare tasks must bring the features of the teachers' logit graphs.
+        targets: kinds of targets that its prepare tasks make of the teachers' signals, see rayfuse/targets.py.
     """
 
     loss: Loss
-    uses_graphs: bool = False
+    targets: tuple[str, ...] = ("ranks",)
 
 
 METHODS: dict[str, Method] = {
     "sft": Method(sft_loss),
     "infifusion": Method(infifusion_loss),
-    "infigfusion": Method(infigfusion_loss, uses_graphs=True),
-    "bytekd": Method(bytekd_loss),
-    "infifpo": Method(infifpo_loss),
-    "dpo": Method(dpo_loss),
+    "infigfusion": Method(infigfusion_loss, targets=("ranks", "graphs")),
+    "bytekd": Method(bytekd_loss, targets=("ranks", "carried")),
+    "infifpo": Method(infifpo_loss, targets=("responses",)),
+    "dpo": Method(dpo_loss, targets=("responses",)),
 }
 
 

@@ -28,9 +28,9 @@ def bytekd_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """This micro-batch's share of the global batch's loss; `loss_kl` is KL(q || student), nats per token."""
     assert head.picked is not None
-    assert batch.soft_mass is not None
+    assert batch.mass is not None
     sft, parts = sft_loss(stage, head, batch, totals)
-    q_NM = torch.from_numpy(batch.soft_mass).to(head.picked.device)
+    q_NM = torch.from_numpy(batch.mass).to(head.picked.device)
     gap = (head.picked[:, 0] - (q_NM * head.picked).sum(1)).sum() / totals.tokens
     parts["loss_kl"] = (sft + gap).detach() + torch.xlogy(q_NM, q_NM).sum() / totals.tokens
     parts["label_mass"] = q_NM[:, 0].sum() / totals.tokens

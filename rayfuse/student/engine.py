@@ -44,7 +44,7 @@ class _HiddenToHead(nn.Module):
         options = layer.options() | {"bias": None if layer.bias is None else layer.bias.to(self.dtype)}
         if k is None:
             return token_logps(hidden_NH, weight, batch["labels"], **options)
-        return fused_head(hidden_NH, weight, batch["labels"], k, picks=batch.get("soft_ids"), **options)
+        return fused_head(hidden_NH, weight, batch["labels"], k, picks=batch.get("picks"), **options)
 
 
 class TorchEngine:
@@ -86,7 +86,7 @@ class TorchEngine:
 
         A preference loss weighs a response by how the whole pair scored, so it needs the second form.
         """
-        fields = ("input_ids", "attention_mask", "positions", "labels", "soft_ids")
+        fields = ("input_ids", "attention_mask", "positions", "labels", "picks")
         arrays = {name: getattr(batch, name) for name in fields if getattr(batch, name) is not None}
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
         output: HeadOutput | torch.Tensor = self.module(tensors, k)

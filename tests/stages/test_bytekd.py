@@ -23,9 +23,7 @@ def test_equals_dense_cross_entropy_with_the_mixed_target():
     mass[2] = torch.tensor([1.0, 0, 0, 0, 0])
     mass = mass / mass.sum(1, keepdim=True)
     none = np.zeros(0, dtype=np.int64)
-    batch = FusionBatch(
-        none, none, none, labels.numpy(), none, soft_ids=ids.numpy(), soft_mass=mass.numpy().astype(np.float32)
-    )
+    batch = FusionBatch(none, none, none, labels.numpy(), none, picks=ids.numpy(), mass=mass.numpy().astype(np.float32))
     stage = ByteKD(lam=0.3)
     head = fused_head(hidden, weight, labels, 3, picks=ids, chunk=4)
     loss, parts = bytekd_loss(stage, head, batch, batch.counts)

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from rayfuse.batch import Counts, FusionBatch, TeacherTarget
 from rayfuse.config import SFT, InfiFusion, InfiGFusion
 from rayfuse.losses import fused_head
-from rayfuse.prepare import graph_features
 from rayfuse.stages.infifusion import infifusion_loss
 from rayfuse.stages.infigfusion import infigfusion_loss
 from rayfuse.stages.sft import sft_loss
+from rayfuse.targets import graph_features
 
 N, H, V, K = 23, 16, 50, 6
 

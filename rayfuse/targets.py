@@ -1,0 +1,180 @@
+"""Targets: what a prepare task makes of the teachers' signals for a stage's loss; one function per kind.
+
+A method names the kinds it needs (`targets` of stages.Method). Each is a function that takes the unit and the batch so
+far, and returns the batch with its own fields filled; TARGETS lists them by name. They run in the order in which the
+method names them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rayfuse.alignment import Alignment, align, align_by_position
+from rayfuse.batch import FusionBatch, TeacherTarget
+from rayfuse.carry import TeacherSide, carry, mix, teacher_weights
+from rayfuse.config import ByteKD
+from rayfuse.data import Sample
+from rayfuse.errors import RayfuseError
+from rayfuse.render import Rendered
+from rayfuse.signals import TopKSignals
+from rayfuse.vocabulary import Vocabularies
+
+if TYPE_CHECKING:
+    from rayfuse.prepare import PrepareSpec
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What targets are made of.
+
+    Attributes:
+        spec: what the stage asks for.
+        vocabularies: the models' tokens.
+        samples: B samples.
+        rendered: each as the student reads it.
+        signals: per teacher, the signals of each sample.
+    """
+
+    spec: PrepareSpec
+    vocabularies: Vocabularies
+    samples: Sequence[Sample]
+    rendered: Sequence[Rendered]
+    signals: Sequence[Sequence[TopKSignals]]
+
+    @cached_property
+    def pairs(self) -> list[list[Alignment]]:
+        """Per teacher and sample, the pairs of rows at which the two models meet.
+
+        Raises:
+            AlignmentError: naming teacher and sample.
+        """
+        return [
+            [
+                self._align(teacher.name, *of_sample)
+                for of_sample in zip(self.samples, self.rendered, answers, strict=True)
+            ]
+            for (teacher, _), answers in zip(self.spec.teachers, self.signals, strict=True)
+        ]
+
+    def _align(self, teacher: str, sample: Sample, item: Rendered, answer: TopKSignals) -> Alignment:
+        try:
+            if self.spec.alignment == "bytes":
+                return align(item.ends, answer.byte_ends)
+            return align_by_position(len(item.ends), len(answer.byte_ends))
+        except RayfuseError as error:
+            raise type(error)(f"teacher {teacher}, sample {sample.key[:12]}: {error}") from error
+
+    def at_pairs(self, s: int, field: str) -> np.ndarray:
+        """Teacher s's `logps` or `ids` [P, k] at the pairs of the whole unit."""
+        answers = zip(self.signals[s], self.pairs[s], strict=True)
+        return np.concatenate([getattr(answer, field)[pairs.teacher, : self.spec.k] for answer, pairs in answers])
+
+
+def ranks(unit: Unit, batch: FusionBatch) -> FusionBatch:
+    """`rows` and `logps` of each teacher: its top log-probabilities where it meets the student."""
+    firsts = np.cumsum([0, *(len(item.response_ids) for item in unit.rendered)])
+    targets = []
+    for s, target in enumerate(batch.targets):
+        rows = [first + pairs.student for first, pairs in zip(firsts, unit.pairs[s], strict=False)]
+        targets.append(replace(target, rows=np.concatenate(rows), logps=unit.at_pairs(s, "logps")))
+    return replace(batch, targets=tuple(targets))
+
+
+def tokens(unit: Unit, batch: FusionBatch) -> FusionBatch:
+    """`ids` of each teacher: the student's tokens that write the same bytes as those of `logps`; and `picks`, in which
+    teacher s has the columns from s k to (s + 1) k (the label stands where there is nothing to ask for)."""
+    assert unit.spec.k is not None
+    k = unit.spec.k
+    picks = np.repeat(batch.labels[:, None], k * len(batch.targets), axis=1)
+    targets = []
+    for s, target in enumerate(batch.targets):
+        ids_Pk = unit.vocabularies.counterparts[s][unit.at_pairs(s, "ids")]
+        columns = np.arange(s * k, s * k + ids_Pk.shape[1])
+        picks[target.rows[:, None], columns] = np.where(ids_Pk < 0, batch.labels[target.rows, None], ids_Pk)
+        targets.append(replace(target, ids=ids_Pk))
+    return replace(batch, targets=tuple(targets), picks=picks)
+
+
+def graphs(unit: Unit, batch: FusionBatch) -> FusionBatch:
+    """`graph` of each teacher: the features of its logit graphs, over all of its rows (InfiGFusion)."""
+    targets = [
+        replace(target, graph=graph_features([answer.logps[:, : unit.spec.k] for answer in answers]))
+        for target, answers in zip(batch.targets, unit.signals, strict=True)
+    ]
+    return replace(batch, targets=tuple(targets))
+
+
+def graph_features(logps: Sequence[np.ndarray]) -> np.ndarray:
+    """Teacher's side of InfiGFusion: sorted node features [B, k] float32 of B samples' logit graphs.
+
+    Args:
+        logps: per sample [L, k] top log-probabilities, over all of the teacher's rows.
+    """
+    import torch
+
+    from rayfuse.losses import gauge, gld_features
+
+    sample_N = torch.repeat_interleave(torch.tensor([len(rows) for rows in logps]))
+    return gld_features(gauge(torch.from_numpy(np.concatenate(logps))), sample_N, len(logps)).numpy()
+
+
+def responses(unit: Unit, batch: FusionBatch) -> FusionBatch:
+    """`response_logps` and `response_tokens` of each model: whole responses, nothing aligned (preferences)."""
+    targets = [
+        replace(
+            target,
+            response_logps=np.array([item.token_logps.sum(dtype=np.float64) for item in answers], dtype=np.float32),
+            response_tokens=np.array([len(item) for item in answers], dtype=np.float32),
+        )
+        for target, answers in zip(batch.targets, unit.signals, strict=True)
+    ]
+    return replace(batch, targets=tuple(targets))
+
+
+def carried(unit: Unit, batch: FusionBatch) -> FusionBatch:
+    """`picks` and `mass`: all teachers' probabilities carried onto the student's tokens, byte by byte (see carry)."""
+    stage = unit.spec.stage
+    assert isinstance(stage, ByteKD)
+    ids, mass = [], []
+    for b, (sample, item) in enumerate(zip(unit.samples, unit.rendered, strict=True)):
+        labels = item.response_ids.tolist()
+        of_teachers = [
+            carry(
+                TeacherSide(answers[b], teacher.pieces, teacher.end_of_turn),
+                sample.response.encode(),
+                item.ends,
+                labels,
+                unit.vocabularies.prefixes,
+            )
+            for answers, teacher in zip(unit.signals, unit.vocabularies.teachers, strict=True)
+        ]
+        weights = teacher_weights([answers[b] for answers in unit.signals], stage.temper)
+        of_sample = mix(of_teachers, weights.tolist(), labels, stage.width)
+        ids.append(of_sample[0])
+        mass.append(of_sample[1])
+    return replace(batch, picks=np.concatenate(ids), mass=np.concatenate(mass))
+
+
+Builder = Callable[[Unit, FusionBatch], FusionBatch]
+
+TARGETS: dict[str, Builder] = {
+    "ranks": ranks,
+    "tokens": tokens,
+    "graphs": graphs,
+    "responses": responses,
+    "carried": carried,
+}
+"""Kind of target by its name."""
+
+
+def bare_targets(spec: PrepareSpec) -> tuple[TeacherTarget, ...]:
+    """One target per teacher that says nothing yet."""
+    return tuple(
+        TeacherTarget(teacher.name, teacher.weight, np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=np.float16))
+        for teacher, _ in spec.teachers
+    )
