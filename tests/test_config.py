@@ -138,6 +138,7 @@ REFUSED = {
     "not a number": (stage(grad_clip=float("nan")), r"stages.0.grad_clip: .*finite number \(is nan\)"),
     "warm-up of the whole run": (stage(warmup=1), r"stages.0.warmup: .*less than 1 \(is 1\)"),
     "no step": (stage(steps=0), r"stages.0.steps: .*greater than or equal to 1 \(is 0\)"),
+    "a switch for a number": (stage(steps=True), r"stages.0.steps: must be a number \(is True\)"),
     "none of the choices": (stage(space="cosine"), r"stages.0.space: .*'logits' or 'probs' \(is 'cosine'\)"),
     "number format": (
         tree(student={"model": "a", "dtype": "int8"}),
@@ -359,6 +360,14 @@ def test_absolute_touches_local_paths_only(tmp_path, monkeypatch):
     assert config.absolute() == config
     monkeypatch.chdir("/")
     assert config.absolute() == config
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pivot").mkdir()
+    config = parse_config({**tree(student="~/pivot", teachers=["~missing/expert"]), "output": "~/run"}).absolute()
+    assert config.student.model == str(tmp_path / "pivot")
+    assert config.output == str(tmp_path / "run")
 
 
 def test_absolute_leaves_urls():
