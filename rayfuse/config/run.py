@@ -26,7 +26,7 @@ RESERVED_NAMES = ("model", "checkpoints", "initial", "pivot")
 
 
 def _absolute(path: str, new: bool = False) -> str:
-    """A local path (`~/` too) made absolute; hub ids, URLs and, unless it is new, what does not exist stay as they are."""
+    """A local path (`~/` too) made absolute; hub ids, URLs and (unless new) what does not exist stay as they are."""
     path = str(Path(path).expanduser()) if path.startswith("~/") else path
     return str(Path(path).resolve()) if "://" not in path and (new or Path(path).exists()) else path
 
