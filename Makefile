@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # A torch build without CUDA where the machine offers one; on a GPU machine: make TORCH="torch" quickstart
 TORCH  ?= torch==2.13.0
 
-.PHONY: quickstart test slow lint bench smollm2 clean
+.PHONY: quickstart test slow lint bench compare smollm2 clean
 
 $(VENV)/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -35,6 +35,9 @@ smollm2: $(VENV)/.dev  ## a real model with a real tokenizer teaches a student w
 	$(BIN)/python jobs/smollm2_world.py runs/smollm2/world
 	rm -rf runs/smollm2/run
 	$(BIN)/python jobs/fuse.py jobs/smollm2.yaml
+
+compare: $(VENV)/.dev  ## every method on the quickstart world, over seeds and conditions: docs/results.md; goes on where it was
+	OMP_NUM_THREADS=1 $(BIN)/python jobs/compare.py
 
 bench: $(VENV)/.dev  ## the benchmarks that run on a CPU, one line per case
 	set -e; for f in jobs/bench/*.py; do echo "== $$f"; $(BIN)/python $$f; done

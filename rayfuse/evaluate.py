@@ -122,18 +122,30 @@ def evaluate(model: Teacher, role: str, items: Sequence[Sample], benchmark: Benc
         benchmark: how to generate and score.
     """
     backend = TransformersTeacher(model, k=2)
-    signals = [s for i in range(0, len(items), 64) for s in backend.score(items[i : i + 64])]
-    bits = np.array([-float(s.token_logps.sum(dtype=np.float64)) / math.log(2) for s in signals])
+    bits, right = measure_items(backend, items, benchmark)
     size = np.array([len(item.response.encode()) for item in items], dtype=np.float64)
     accuracy: dict[str, Accuracy] = {}
-    if benchmark.generate:
-        score = SCORES[benchmark.score]
-        answers = backend.generate(items, max_new_tokens=benchmark.max_new_tokens, batch_size=benchmark.batch_size)
-        right = [score(answer, item.response) for answer, item in zip(answers, items, strict=True)]
+    if right:
         for skill in sorted({item.skill for item in items}):
             of_skill = [ok for ok, item in zip(right, items, strict=True) if item.skill == skill]
             accuracy[skill or "all items"] = Accuracy(sum(of_skill), len(of_skill))
     return Evaluation(model.name, role, float(bits.sum() / size.sum()), _bootstrap(bits, size), accuracy)
+
+
+def measure_items(
+    backend: TransformersTeacher, items: Sequence[Sample], benchmark: Benchmark
+) -> tuple[np.ndarray, list[bool]]:
+    """Of each item: the bits of its response under the model, float64 [items], and whether the answer is right.
+
+    Nothing is generated where the benchmark says so; the second is then empty.
+    """
+    signals = [s for i in range(0, len(items), 64) for s in backend.score(items[i : i + 64])]
+    bits = np.array([-float(s.token_logps.sum(dtype=np.float64)) / math.log(2) for s in signals])
+    if not benchmark.generate:
+        return bits, []
+    score = SCORES[benchmark.score]
+    answers = backend.generate(items, max_new_tokens=benchmark.max_new_tokens, batch_size=benchmark.batch_size)
+    return bits, [score(answer, item.response) for answer, item in zip(answers, items, strict=True)]
 
 
 def _bootstrap(bits: np.ndarray, size: np.ndarray, draws: int = 1000) -> tuple[float, float]:

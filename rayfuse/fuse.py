@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -213,7 +213,7 @@ def _stage_job(config: Config, index: int, fingerprints: dict[str, str], sources
     )
 
 
-def train_pairwise(job: StageJob, how: Merge) -> Path:
+def train_pairwise(job: StageJob, how: Merge, train: Callable[[StageJob], Path] = train_group) -> Path:
     """Pairwise InfiFusion (InfiFusion_p): a student per teacher, one after the other, merged into the stage's model.
 
     A student that is there already, from before a resume, is not trained again.
@@ -223,7 +223,7 @@ def train_pairwise(job: StageJob, how: Merge) -> Path:
         alone = replace(job.spec, teachers=(teacher,))
         of_teacher = replace(job, spec=alone, part=teacher[0].name, identity=f"{job.identity}/{teacher[1]}")
         done = of_teacher.folder / "model"
-        students.append(done if done.exists() else train_group(of_teacher))
+        students.append(done if done.exists() else train(of_teacher))
     base = Path(job.start)
     if not base.is_dir():
         from huggingface_hub import snapshot_download

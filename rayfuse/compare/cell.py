@@ -1,0 +1,239 @@
+"""One cell of the comparison: train by a run's own code, evaluate, and give one row of results.
+
+A cell is a whole run without its shell: the same configuration, units, prepare tasks, teachers on Serve, signal store,
+training loop and evaluation. Only the Ray Train group around the single worker is left out, because starting one costs
+as much as such a small training: `train` runs in the Ray task of the cell itself. All cells share one signal store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from rich.console import Console
+from safetensors import safe_open
+
+from rayfuse.compare.plan import Cell, Plan
+from rayfuse.compare.rows import heldout_items, rows_name, training_rows, write_once
+from rayfuse.compare.texts import pairs_of, responses_of, texts_file
+from rayfuse.config import STAGES, Benchmark, Config, InfiFusion, Teacher, parse_config
+from rayfuse.data import Sample
+from rayfuse.evaluate import measure_items
+from rayfuse.fuse import Source, _fingerprints, _stage_job, load_source, train_pairwise
+from rayfuse.metrics import read_metrics
+from rayfuse.quickstart.world import EXPERTS, World
+from rayfuse.student.worker import BLOCK, StageJob, train
+from rayfuse.teachers import deployment
+from rayfuse.teachers.transformers import TransformersTeacher
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cells share: the plan, the world, and the folder with data, models and signals."""
+
+    plan: Plan
+    world: World
+    work: Path
+
+
+@ray.remote
+def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
+    """Train and evaluate; returns the cell's row of results."""
+    begun = time.monotonic()
+    folder = cell_folder(bench, cell)
+    shutil.rmtree(folder, ignore_errors=True)
+    measured: dict[str, Any] = {}
+    model = _untrained(bench, cell)
+    if model is None:
+        config = config_of(bench, cell, folder / "run")
+        trained = train_cell(bench, config)
+        measured = trained.measured
+        model = folder / "model"  # methods that go on from this one find it there
+        trained.model.rename(model)
+        shutil.rmtree(folder / "run")
+    items = heldout_items(bench.plan, bench.world, cell.split)
+    scored = scores(Teacher(model=str(model), name="student", dtype="float32"), items, bench.plan)
+    row = {**asdict(cell), "cell": cell.name, **measured, **scored}
+    return {**row, "cell_seconds": round(time.monotonic() - begun, 2)}
+
+
+def _untrained(bench: Bench, cell: Cell) -> Path | None:
+    model = bench.plan.methods[cell.method].model
+    return None if model is None else {**bench.world.teachers, "pivot": bench.world.pivot}[model]
+
+
+def cell_folder(bench: Bench, cell: Cell) -> Path:
+    """Where a cell leaves its model."""
+    return bench.work / "cells" / re.sub(r"[^A-Za-z0-9.-]+", "_", cell.name)
+
+
+def config_of(bench: Bench, cell: Cell, output: Path) -> Config:
+    """The cell as a run's configuration."""
+    plan, method = bench.plan, bench.plan.methods[cell.method]
+    condition, sizes = plan.conditions[cell.condition], plan.sizes
+    steps = round((sizes.cost_steps if cell.purpose == "cost" else sizes.steps) * method.share) // len(method.stages)
+    common = {
+        "steps": steps,
+        "batch_size": sizes.batch_size,
+        "learning_rate": condition.learning_rate,
+        "warmup": sizes.warmup,
+        "save_every": steps + 1,
+    }
+    stages = [
+        {**common, **{key: value for key, value in stage.items() if key != "tuned_as"}, **changes}
+        for stage, changes in zip(method.stages, json.loads(cell.settings), strict=True)
+    ]
+    data, texts = bench.work / "data", texts_file(plan, bench.work, cell.seed)
+    name = f"{rows_name(plan, cell.condition, cell.seed)}-{method.half}"
+    if method.learns_from == "rows":
+        rows = write_once(training_rows(condition, cell.seed, method.half), data / f"{name}.jsonl")
+    else:
+        surest = method.learns_from == "surest teacher"
+        rows = write_once(
+            responses_of(texts, condition, cell.seed, method.half, surest),
+            data / f"{name}-{method.learns_from.replace(' ', '-')}.jsonl",
+        )
+    tree: dict[str, Any] = {
+        "student": {"model": str(_start_of(bench, cell)), "prefetch": 3, "max_failures": 0},
+        "teachers": [{"model": str(bench.world.teachers[t]), "dtype": "float32"} for t in method.teachers],
+        "data": {"path": str(rows), "max_length": 256, "unit_size": sizes.unit_size},
+        "stages": stages,
+        "signals": {"k": method.k, "store": None if cell.purpose == "cost" else str(bench.work / "signals")},
+        "output": str(output),
+        "seed": cell.seed,
+    }
+    if any(STAGES[stage["method"]].uses_preferences for stage in stages):
+        pairs = write_once(pairs_of(texts, condition, cell.seed), data / f"{name}-pairs.jsonl")
+        tree["preferences"] = {**tree["data"], "path": str(pairs)}
+    return parse_config(tree, cell.name).absolute()
+
+
+def _start_of(bench: Bench, cell: Cell) -> Path:
+    """The model that the cell starts from: the world's pivot, or what another cell made of it."""
+    start = bench.plan.start(cell)
+    return bench.world.pivot if start is None else cell_folder(bench, start) / "model"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model and what it took."""
+
+    model: Path
+    measured: dict[str, Any]
+
+
+def train_cell(bench: Bench, config: Config) -> Trained:
+    """All stages, one after the other, in this process."""
+    fingerprints = _fingerprints(config)
+    sources = {
+        preferences: _source(config, preferences)
+        for preferences in sorted({stage.uses_preferences for stage in config.stages})
+    }
+    wall, cpu = time.monotonic(), time.process_time()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts again
+    for index in range(len(config.stages)):
+        job = _stage_job(config, index, fingerprints, sources)
+        if job.spec.teachers:
+            deployment.deploy(job.spec.teachers, config.signals.k)
+        if isinstance(job.stage, InfiFusion) and job.stage.merge is not None:
+            train_pairwise(job, job.stage.merge, partial(_train_once, bench.work / "students"))
+        else:
+            train_here(job)
+    measured = {
+        "steps": sum(stage.steps or 0 for stage in config.stages),
+        "texts": sum((stage.steps or 0) * stage.batch_size * (1 + stage.uses_preferences) for stage in config.stages),
+        "train_seconds": round(time.monotonic() - wall, 3),
+        "train_cpu_seconds": round(time.process_time() - cpu, 3),
+        "peak_mib": _peak_mib(),
+        **_teacher_use(config),
+        **(_store_size(Path(config.store_url)) if config.signals.store is None else {}),
+    }
+    return Trained(job.folder / "model", measured)
+
+
+def train_here(job: StageJob) -> Path:
+    """Train a stage as the only worker, in this process."""
+    train(job, rank=0, world=1)
+    return job.folder / "model"
+
+
+def _train_once(kept: Path, job: StageJob) -> Path:
+    """One student of a pairwise stage; the stage's other merges find it there."""
+    stage = job.stage.model_dump_json(exclude={"merge"})
+    made_of = [stage, job.spec.teachers[0][1], job.spec.k, job.config.data.path, job.config.seed, job.start]
+    model = kept / hashlib.sha256(json.dumps(made_of).encode()).hexdigest() / "model"
+    if not model.exists():
+        model.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(train_here(job), model)
+    return model
+
+
+def _source(config: Config, preferences: bool) -> Source:
+    """A data set cut into units: read once, then kept beside the data, whatever method learns from it."""
+    data = config.preferences if preferences else config.data
+    assert data is not None
+    kept = Path(data.path).with_suffix(".units")
+    if not kept.exists():
+        source = load_source(config, preferences, Console(quiet=True))
+        units = [unit for block in ray.get(list(source.blocks)) for unit in block]
+        beside = kept.with_name(f".{kept.name}.{os.getpid()}")
+        beside.write_bytes(pickle.dumps((units, source.content, source.counts)))
+        beside.replace(kept)
+    units, content, counts = pickle.loads(kept.read_bytes())
+    return Source([ray.put(units[i : i + BLOCK]) for i in range(0, len(units), BLOCK)], len(units), content, counts)
+
+
+def _teacher_use(config: Config) -> dict[str, float]:
+    """What the steps' records say: tokens, seconds of preparation, teacher answers used."""
+    records = read_metrics(Path(config.output) / "metrics.jsonl")
+
+    def total(*kinds: str) -> float:
+        return sum(record[name] for record in records for name in record if name.split("/")[0] in kinds)
+
+    return {
+        "tokens": sum(record["tokens"] for record in records),
+        "wait_seconds": round(sum(record["wait_share"] * record["seconds"] for record in records), 3),
+        "step_seconds": round(sum(record["seconds"] for record in records), 3),
+        "forwarded": total("forwarded"),
+        "answers_used": total("stored", "forwarded"),
+    }
+
+
+def _store_size(store: Path) -> dict[str, int]:
+    """Bytes of all signals in a store, and the teachers' rows (tokens and ends of turns) that they tell of."""
+    sizes, rows = 0, 0
+    for path in store.rglob("*.safetensors"):
+        sizes += path.stat().st_size
+        with safe_open(path, "np") as signals:
+            rows += signals.get_slice("lse").get_shape()[0]
+    return {"signal_bytes": sizes, "signal_rows": rows}
+
+
+def scores(model: Teacher, items: list[Sample], plan: Plan) -> dict[str, Any]:
+    """Held-out bits per byte and, by skill, which items are right: a string of 0 and 1 per skill."""
+    benchmark = Benchmark(path="-", max_new_tokens=plan.sizes.max_new_tokens, batch_size=200)
+    begun = time.process_time()
+    bits, right = measure_items(TransformersTeacher(model, k=2), items, benchmark)
+    size = np.array([len(item.response.encode()) for item in items])
+    marks = {
+        f"right_{skill}": "".join(str(int(ok)) for ok, item in zip(right, items, strict=True) if item.skill == skill)
+        for skill in EXPERTS
+    }
+    spent = round(time.process_time() - begun, 3)
+    return {**marks, "bits_per_byte": float(bits.sum() / size.sum()), "evaluate_cpu_seconds": spent}
+
+
+def _peak_mib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024, 1)

@@ -1,0 +1,208 @@
+"""All cells of a comparison, a few at a time, each done once.
+
+The Parquet file of results is all the state there is: it is written whole after every cell, so a comparison that is
+broken off goes on where it was, and a plan that grows adds its new cells to the same file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import ray
+from ray.exceptions import RayTaskError
+from rich.console import Console
+
+from rayfuse import resources
+from rayfuse.compare.cell import Bench, run_cell
+from rayfuse.compare.plan import Cell, Plan
+from rayfuse.compare.rows import training_rows, write_once
+from rayfuse.compare.texts import texts_file, write_texts
+from rayfuse.config import STAGES, Config, parse_config
+from rayfuse.errors import RayfuseError
+from rayfuse.quickstart.world import EXPERTS, build_world
+from rayfuse.teachers import deployment
+
+Rows = Mapping[str, Mapping[str, Any]]
+"""Finished rows by the name of their cell."""
+
+
+class Results:
+    """The Parquet file of raw results: one row per finished cell."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        records = pd.read_parquet(path).to_dict("records") if path.exists() else []
+        self.rows: dict[str, dict[str, Any]] = {str(record["cell"]): dict(record) for record in records}  # type: ignore[misc]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep one row; the file is the old one or the new one, never half of it."""
+        self.rows[row["cell"]] = row
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.path.name}.half")
+        pd.DataFrame(list(self.rows.values())).to_parquet(beside, index=False)
+        beside.replace(self.path)
+
+
+def compare(
+    plan: Plan,
+    cache: Path,
+    work: Path,
+    results: Path,
+    console: Console,
+    *,
+    at_once: int = 2,
+    until: float | None = None,
+) -> None:
+    """Make the world where it is not in the cache, and do all cells; see `run_grid`.
+
+    Raises:
+        RayfuseError: cells failed; the others are done.
+    """
+    world = build_world(cache, plan.world_seed, progress=console.print)
+    failed = run_grid(Bench(plan, world, work.resolve()), results, console, at_once=at_once, until=until)
+    if failed:
+        raise RayfuseError(f"{len(failed)} cells failed, the first: {failed[0].name}; call again to try them again")
+
+
+def run_grid(
+    bench: Bench, results: Path, console: Console, *, at_once: int = 2, until: float | None = None
+) -> list[Cell]:
+    """Do the cells that `results` does not hold yet.
+
+    Args:
+        bench: plan, world and folder of everything that can be made again.
+        results: the Parquet file.
+        console: where progress goes.
+        at_once: cells at a time, one core each.
+        until: time.time() after which no cell is begun.
+
+    Returns:
+        The cells that were begun and failed; what they left out is tried again by the next call.
+    """
+    table = Results(results)
+    failed: list[Cell] = []
+    running: dict[Any, Cell | int] = {}
+    resources.connect(_everything(bench))
+    deployment.deploy((), k=2)  # starts Serve, which two cells at once would race for
+    while True:
+        busy = [*running.values(), *failed]
+        for cell in open_cells(bench.plan, table.rows):
+            if len(running) >= at_once or (until is not None and time.time() > until):
+                break
+            if cell in busy:
+                continue
+            if cell.purpose == "cost" and running:
+                break
+            if _needs_texts(bench.plan, cell) and not texts_file(bench.plan, bench.work, cell.seed).exists():
+                if cell.seed not in busy:
+                    busy.append(cell.seed)
+                    running[write_texts.remote(bench.plan, bench.world, bench.work, cell.seed)] = cell.seed
+                continue
+            running[run_cell.options(**_options(cell)).remote(bench, cell)] = cell
+            if cell.purpose == "cost":
+                break
+        if not running:
+            return failed
+        (finished, *_), _ = ray.wait(list(running), num_returns=1)
+        done = running.pop(finished)
+        try:
+            row = ray.get(finished)
+        except RayTaskError as error:
+            if isinstance(done, int):
+                raise
+            failed.append(done)
+            console.print(f"{done.name} failed: {error}", markup=False)
+            continue
+        if isinstance(done, Cell):
+            table.add(row)
+            console.print(f"{len(table.rows):4d}  {summary(row)}", highlight=False, markup=False)
+
+
+def open_cells(plan: Plan, rows: Rows) -> Iterator[Cell]:
+    """The cells that can be done now and are not, in the order of the plan.
+
+    A method's reported cells wait for its tuning, for the tuning of the methods it takes settings from, and for the
+    model that it goes on from.
+    """
+    for name in plan.methods:
+        for condition in plan.conditions_of(name):
+            chosen = _donated(plan, rows, name, condition)
+            if chosen is None:
+                continue
+            cells = list(plan.tuning(name, condition, chosen))
+            best = best_settings(plan, rows, name, condition)
+            if best is not None:
+                cells += plan.reported(name, condition, {**chosen, name: best})
+            yield from (cell for cell in cells if cell.name not in rows and _has_start(plan, rows, cell))
+    for name in plan.methods:
+        chosen, best = (f(plan, rows, name, plan.cost_condition) for f in (_donated, best_settings))
+        if chosen is not None and best is not None and plan.cost_condition in plan.conditions_of(name):
+            cells = list(plan.costs(name, {**chosen, name: best}))
+            yield from (cell for cell in cells if cell.name not in rows and _has_start(plan, rows, cell))
+
+
+def best_settings(plan: Plan, rows: Rows, name: str, condition: str) -> dict[str, Any] | None:
+    """The settings of the best tuning cell of a method in a condition, or None while some of them are missing.
+
+    Best is the most right validation items; of equals, the fewest bits per byte.
+    """
+    method = plan.methods[name]
+    known = _donated(plan, rows, name, condition)
+    if known is None:
+        return None
+    if not method.tune:
+        return {}
+    cells = list(plan.tuning(name, condition, known))
+    if any(cell.name not in rows for cell in cells):
+        return None
+    scored = [(right(rows[cell.name]), -rows[cell.name]["bits_per_byte"]) for cell in cells]
+    return method.tune[scored.index(max(scored))]
+
+
+def _donated(plan: Plan, rows: Rows, name: str, condition: str) -> dict[str, dict[str, Any]] | None:
+    """What was tuned for the methods that a method takes settings from, or None while some of it is missing."""
+    donated = {donor: best_settings(plan, rows, donor, condition) for donor in plan.donors(name)}
+    known = {donor: settings for donor, settings in donated.items() if settings is not None}
+    return known if len(known) == len(donated) else None
+
+
+def right(row: Mapping[str, Any]) -> int:
+    """Right items of a row."""
+    return sum(str(row[f"right_{skill}"]).count("1") for skill in EXPERTS)
+
+
+def summary(row: Mapping[str, Any]) -> str:
+    """One row as a person reads it."""
+    total = sum(len(row[f"right_{skill}"]) for skill in EXPERTS)
+    return (
+        f"{row['purpose']:6} {row['condition']:6} {row['method']:24} seed {row['seed']} {row['settings']:40} "
+        f"{right(row) / total:6.1%} {row['bits_per_byte']:.4f} bits/byte  {row['cell_seconds']:.0f} s"
+    )
+
+
+def _options(cell: Cell) -> dict[str, Any]:
+    """A measurement of cost gets a process of its own, in which nothing else has used memory."""
+    return {"runtime_env": {"env_vars": {"RAYFUSE_CELL": cell.name}}} if cell.purpose == "cost" else {}
+
+
+def _has_start(plan: Plan, rows: Rows, cell: Cell) -> bool:
+    start = plan.start(cell)
+    return start is None or start.name in rows
+
+
+def _everything(bench: Bench) -> Config:
+    """A configuration with all teachers, for an embedded Ray that has room for them and the cells."""
+    rows = write_once(training_rows(next(iter(bench.plan.conditions.values())), 0)[:1], bench.work / "data/any.jsonl")
+    teachers = [{"model": str(folder)} for folder in bench.world.teachers.values()]
+    tree = {"student": {"model": str(bench.world.pivot), "workers": 2}, "teachers": teachers, "data": str(rows)}
+    stages = [{"method": "sft", "batch_size": 16}]
+    return parse_config({**tree, "stages": stages, "output": str(bench.work)})
+
+
+def _needs_texts(plan: Plan, cell: Cell) -> bool:
+    method = plan.methods[cell.method]
+    return method.learns_from != "rows" or any(STAGES[stage["method"]].uses_preferences for stage in method.stages)

@@ -1,0 +1,214 @@
+"""docs/results.md: every number on it comes from the Parquet of raw results, none is typed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from rayfuse.compare.plan import Plan
+from rayfuse.compare.plot import differences_svg
+from rayfuse.compare.statistics import Estimate
+from rayfuse.compare.table import RawResults
+from rayfuse.quickstart.world import EXPERTS
+
+SKILL_TITLES = {"math": "mathematics", "code": "lists", "instruct": "instructions"}
+
+
+def write_page(plan: Plan, results: Path, docs: Path) -> Path:
+    """Write results.md and its plots into `docs`; returns the page."""
+    raw = RawResults(plan, results)
+    tables = {
+        (condition, part): raw.main_table(condition, part)
+        for condition in plan.conditions
+        for part in ("main", "extra", "ablation")
+    }
+    docs.mkdir(parents=True, exist_ok=True)
+    for part in ("main", "ablation"):
+        svg = _plot(plan, {c: tables[c, part] for c in plan.conditions if not tables[c, part].empty})
+        (docs / f"results-{part}.svg").write_text(svg, encoding="utf-8")
+    page = docs / "results.md"
+    page.write_text("\n".join(_lines(raw, tables)) + "\n", encoding="utf-8")
+    return page
+
+
+def _lines(raw: RawResults, tables: dict[tuple[str, str], pd.DataFrame]) -> Iterator[str]:
+    plan = raw.plan
+    yield "# What helps, and by how much"
+    yield ""
+    yield "`make compare` writes this page from the raw results in `results.parquet`; no number is typed by hand."
+    yield ""
+    yield from plan.notes.get("setting", "").strip().splitlines()
+    yield ""
+    yield from _sizes(raw)
+    yield ""
+    yield "## In short"
+    yield ""
+    for condition in plan.conditions:
+        yield from _verdict(plan, condition, tables[condition, "main"])
+    yield ""
+    yield from _questions(raw)
+    yield ""
+    yield from plan.notes.get("account", "").strip().splitlines()
+    yield ""
+    yield "![Accuracy minus that of SFT, with 95% intervals](results-main.svg)"
+    for condition in plan.conditions:
+        yield ""
+        yield f"## {plan.conditions[condition].title}"
+        yield ""
+        yield from _main_table(tables[condition, "main"])
+    if not all(tables[condition, "extra"].empty for condition in plan.conditions):
+        yield ""
+        yield "## Beyond the methods as defined"
+        yield ""
+        yield from plan.notes.get("extra", "").strip().splitlines()
+        for condition in plan.conditions:
+            if not tables[condition, "extra"].empty:
+                yield ""
+                yield f"### {plan.conditions[condition].title}"
+                yield ""
+                yield from _main_table(tables[condition, "extra"])
+    if not all(tables[condition, "ablation"].empty for condition in plan.conditions):
+        yield ""
+        yield "## Ablations"
+        yield ""
+        yield from plan.notes.get("ablation", "").strip().splitlines()
+        yield ""
+        yield "![Accuracy minus that of the method as defined, with 95% intervals](results-ablation.svg)"
+        for condition in plan.conditions:
+            if not tables[condition, "ablation"].empty:
+                yield ""
+                yield f"### {plan.conditions[condition].title}"
+                yield ""
+                yield from _ablation_table(plan, tables[condition, "ablation"])
+    costs = raw.costs()
+    if not costs.empty:
+        yield ""
+        yield "## Cost"
+        yield ""
+        yield from plan.notes.get("cost", "").strip().splitlines()
+        yield ""
+        yield from _cost_table(costs)
+    yield ""
+    yield "## Again"
+    yield ""
+    yield from plan.notes.get("again", "").strip().splitlines()
+
+
+def _sizes(raw: RawResults) -> Iterator[str]:
+    plan, sizes = raw.plan, raw.plan.sizes
+    counts = raw.rows.purpose.value_counts()
+    yield (
+        f"- {sizes.steps} steps of {sizes.batch_size} samples; seeds {', '.join(map(str, plan.seeds))} draw the "
+        f"training rows and their order; the world (teachers, pivot, items) is that of seed {plan.world_seed}."
+    )
+    yield (
+        f"- {len(EXPERTS) * sizes.test} test items. Weights are chosen on {len(EXPERTS) * sizes.validation} other "
+        f"held-out items with seed {plan.tuning_seed}, which is not reported, by most right answers."
+    )
+    for condition in plan.conditions.values():
+        wrong = f", {condition.wrong:.0%} of them with a wrong response" if condition.wrong else ""
+        yield f"- {condition.title}: {len(EXPERTS) * condition.rows:,} training rows{wrong}."
+    yield f"- Trainings behind this page: {counts.get('report', 0)} reported, {counts.get('tune', 0)} for tuning."
+
+
+def _verdict(plan: Plan, condition: str, table: pd.DataFrame) -> Iterator[str]:
+    """Which methods are above SFT, which below, and which cannot be told from it."""
+    signs: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    for record in table.to_dict("records"):
+        difference = record["difference"]
+        if record["compare_to"] == "sft" and isinstance(difference, Estimate) and record["method"] in plan.trained:
+            signs[difference.sign].append(f"{record['title']} ({_points(difference)})")
+    yield f"- **{plan.conditions[condition].title}.** Above SFT: {'; '.join(signs[1]) or 'none'}."
+    yield f"  Below SFT: {'; '.join(signs[-1]) or 'none'}. Not to be told from SFT: {'; '.join(signs[0]) or 'none'}."
+
+
+def _questions(raw: RawResults) -> Iterator[str]:
+    """The direct comparisons that the plan asks for."""
+    plan = raw.plan
+    conditions = list(plan.conditions)
+    yield "| accuracy of | minus that of | " + " | ".join(plan.conditions[c].title for c in conditions) + " |"
+    yield "|---|---|" + "---|" * len(conditions)
+    for one, other in plan.questions:
+        cells = []
+        for condition in conditions:
+            difference = raw.difference(one, other, condition) if _both(raw, one, other, condition) else None
+            cells.append("" if difference is None else _points(difference))
+        yield f"| {plan.title(one)} | {plan.title(other)} | " + " | ".join(cells) + " |"
+
+
+def _both(raw: RawResults, one: str, other: str, condition: str) -> bool:
+    return not raw.reported(one, condition).empty and not raw.reported(other, condition).empty
+
+
+def _main_table(table: pd.DataFrame) -> Iterator[str]:
+    if table.empty:
+        yield "Not measured yet."
+        return
+    skills = [SKILL_TITLES[skill] for skill in EXPERTS]
+    yield f"| method | chosen | seeds | {' | '.join(skills)} | all | all, minus SFT | bits per byte | minus SFT |"
+    yield "|---|---|---|" + "---|" * (len(skills) + 4)
+    for record in table.to_dict("records"):
+        yield (
+            f"| {record['title']} | {record['settings']} | {record['seeds']} | "
+            + " | ".join(_share(record[skill]) for skill in (*EXPERTS, "all"))
+            + f" | {_points(record['difference'])} | {record['bits'].mean:.3f} | {_plain(record['bits_difference'])} |"
+        )
+
+
+def _ablation_table(plan: Plan, table: pd.DataFrame) -> Iterator[str]:
+    yield "| variant | chosen | seeds | all | minus | difference | bits per byte | difference |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for record in table.to_dict("records"):
+        yield (
+            f"| {record['title']} | {record['settings']} | {record['seeds']} | {_share(record['all'])} | "
+            f"{plan.title(record['compare_to'])} | {_points(record['difference'])} | {record['bits'].mean:.3f} | "
+            f"{_plain(record['bits_difference'])} |"
+        )
+
+
+def _cost_table(costs: pd.DataFrame) -> Iterator[str]:
+    yield (
+        "| method | seconds per step | seconds waiting for teachers, per step | peak memory, MiB | "
+        "teachers' forward passes per text | bytes of signals per teacher token |"
+    )
+    yield "|---|---|---|---|---|---|"
+    for record in costs.to_dict("records"):
+        signals = f"{record['bytes_per_token']:.0f}" if pd.notna(record["bytes_per_token"]) else "0"
+        yield (
+            f"| {record['title']} | {record['seconds_per_step']:.3f} | {record['waiting_per_step']:.3f} | "
+            f"{record['peak_mib']:.0f} | {record['forwards_per_text']:.1f} | {signals} |"
+        )
+
+
+def _plot(plan: Plan, tables: dict[str, pd.DataFrame]) -> str:
+    columns = {
+        plan.conditions[condition].title: {
+            str(record["title"]): record["difference"]
+            for record in table.to_dict("records")
+            if isinstance(record["difference"], Estimate)
+        }
+        for condition, table in tables.items()
+    }
+    names = [
+        plan.title(name) for name in plan.methods if any(plan.title(name) in column for column in columns.values())
+    ]
+    return differences_svg(names, columns, "percentage points of accuracy")
+
+
+def _share(estimate: Estimate) -> str:
+    return f"{estimate.mean:.1%} ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
+
+
+def _points(estimate: object) -> str:
+    if not isinstance(estimate, Estimate):
+        return ""
+    text = f"{100 * estimate.mean:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
+    return f"**{text}**" if estimate.sign else text
+
+
+def _plain(estimate: object) -> str:
+    return (
+        f"{estimate.mean:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})" if isinstance(estimate, Estimate) else ""
+    )

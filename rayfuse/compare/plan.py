@@ -1,0 +1,229 @@
+"""What is compared: the plan of a comparison, one YAML file, and the cells that it comes to.
+
+A cell is one training and one evaluation: a method with its settings, in one condition, for one seed. A method whose
+settings are tuned has a cell for each of them on the tuning seed, scored on validation items; the best goes into the
+reported seeds, scored on other items.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from rayfuse.config import Section
+from rayfuse.errors import ConfigError
+from rayfuse.quickstart.world import EXPERTS
+
+Split = Literal["validation", "test"]
+Purpose = Literal["tune", "report", "cost"]
+
+
+class Sizes(Section):
+    """How large everything is; a larger edition changes only these."""
+
+    steps: int = Field(ge=1, description="optimiser steps of every method")
+    batch_size: int = Field(ge=1, description="samples (or pairs) per step")
+    unit_size: int = Field(ge=1, description="samples (or pairs) per unit")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
+    cost_steps: int = Field(30, ge=1, description="optimiser steps of a measurement of cost")
+    test: int = Field(ge=1, description="held-out items per skill that are reported")
+    validation: int = Field(ge=1, description="other held-out items per skill, for tuning alone")
+    max_new_tokens: int = Field(40, ge=1, description="longest answer")
+    temperature: float = Field(0.8, gt=0, description="of the pivot's samples for preference pairs")
+
+
+class Condition(Section):
+    """What the training data of a condition are like."""
+
+    title: str = Field(description="as it stands in the page")
+    rows: int = Field(ge=2, description="training rows per skill")
+    wrong: float = Field(0.0, ge=0, le=1, description="share of wrong responses, and of pairs the wrong way round")
+    learning_rate: float = Field(gt=0, description="peak, for methods that learn from responses; good for sft")
+
+
+class Method(Section):
+    """One line of the table."""
+
+    title: str = Field("", description="as it stands in the page; default: the method's key in the plan")
+    part: Literal["main", "ablation", "extra"] = "main"
+    stages: tuple[dict[str, Any], ...] = Field((), description="as in a run's YAML; they share the steps equally")
+    model: Literal["pivot", "math", "code", "instruct"] | None = Field(
+        None, description="in place of stages: a model of the world as it is"
+    )
+    tune: tuple[dict[str, Any], ...] = Field((), description="settings of the last stage, tried on validation items")
+    like: str | None = Field(None, description="take over what was tuned for this method, stage by stage of its kind")
+    share: float = Field(1.0, gt=0, le=1, description="share of the steps: the rest went into the model of `after`")
+    after: str | None = Field(None, description="start from this method's model of the same seed and condition")
+    half: Literal["all", "first", "second"] = Field("all", description="rows that the method learns from")
+    learns_from: Literal["rows", "teachers", "surest teacher"] = Field(
+        "rows", description="the rows' own responses, or what the teachers write on their prompts"
+    )
+    teachers: tuple[str, ...] = EXPERTS
+    k: int = Field(10, ge=2, description="signals.k")
+    conditions: tuple[str, ...] = Field((), description="only these; default: all")
+    compare_to: str = Field("sft", description="method whose difference is shown")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Method:
+        if bool(self.stages) == bool(self.model):
+            raise ValueError("give stages, or a model that is not trained")
+        return self
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and one evaluation.
+
+    Attributes:
+        method: key of the method in the plan.
+        condition: key of the condition.
+        seed: draws the training rows and their order.
+        split: which items it is scored on.
+        settings: changes to the stages, as JSON: a list with one object per stage.
+        purpose: "tune", "report" or "cost".
+        recipe: hash of the rest that the result depends on: sizes, condition and method as the plan has them.
+    """
+
+    method: str
+    condition: str
+    seed: int
+    split: Split
+    settings: str
+    purpose: Purpose
+    recipe: str
+
+    @property
+    def name(self) -> str:
+        """What identifies it: a cell with this name in the results is not done again."""
+        return "/".join([self.purpose, self.condition, self.method, self.settings, str(self.seed), self.recipe])
+
+
+class Plan(Section):
+    """The comparison."""
+
+    world_seed: int = Field(0, ge=0, description="of the world: teachers, pivot, items")
+    sizes: Sizes
+    seeds: tuple[int, ...] = Field(min_length=1, description="reported; each draws its own training rows and order")
+    tuning_seed: int = Field(description="settings are chosen on this one, which is not reported")
+    conditions: dict[str, Condition]
+    methods: dict[str, Method]
+    cost_condition: str = Field(description="condition in which steps, memory and signals are measured")
+    questions: tuple[tuple[str, str], ...] = Field((), description="pairs of methods whose difference is shown")
+    notes: dict[str, str] = Field({}, description="text of the page without numbers: setting, account, ablation, ...")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        if self.tuning_seed in self.seeds:
+            raise ValueError(f"tuning_seed {self.tuning_seed} is among the reported seeds {self.seeds}")
+        if self.cost_condition not in self.conditions:
+            raise ValueError(f"cost_condition {self.cost_condition!r} is none of {', '.join(self.conditions)}")
+        for name, method in self.methods.items():
+            for other in (method.like, method.after, method.compare_to):
+                if other is not None and other not in self.methods:
+                    raise ValueError(f"methods.{name}: there is no method {other!r}")
+            if method.after is not None and (self.methods[method.after].tune or self.methods[method.after].like):
+                raise ValueError(f"methods.{name}: it can only go on from a method without tuned settings")
+            for condition in method.conditions:
+                if condition not in self.conditions:
+                    raise ValueError(f"methods.{name}: there is no condition {condition!r}")
+        return self
+
+    def title(self, name: str) -> str:
+        """A method as the page names it."""
+        return self.methods[name].title or name
+
+    @property
+    def trained(self) -> set[str]:
+        """The methods that train, not the world's own models."""
+        return {name for name, method in self.methods.items() if method.stages}
+
+    def conditions_of(self, name: str) -> tuple[str, ...]:
+        """The conditions in which a method is measured."""
+        return self.methods[name].conditions or tuple(self.conditions)
+
+    def settings_of(self, name: str, chosen: Mapping[str, dict[str, Any]], last: Mapping[str, Any]) -> str:
+        """A cell's `settings`: what was tuned for other methods where `like` says so, and `last` in the last stage.
+
+        Args:
+            name: the method.
+            chosen: best settings of tuned methods, by name.
+            last: settings of the last stage.
+        """
+        method = self.methods[name]
+        changes: list[dict[str, Any]] = [{} for _ in method.stages]
+        for index, stage in enumerate(method.stages):
+            donor = stage.get("tuned_as") or (method.like if index == len(method.stages) - 1 else None)
+            changes[index] = {**(chosen[donor] if donor else {})}
+        if changes:
+            changes[-1] |= last
+        return json.dumps(changes, sort_keys=True)
+
+    def donors(self, name: str) -> set[str]:
+        """The methods whose tuned settings a method takes over."""
+        method = self.methods[name]
+        return {donor for stage in method.stages if (donor := stage.get("tuned_as"))} | (
+            {method.like} if method.like else set()
+        )
+
+    def tuning(self, name: str, condition: str, chosen: Mapping[str, dict[str, Any]]) -> Iterator[Cell]:
+        """The cells on the tuning seed: one for each of the settings tried, or one model for others to go on from."""
+        is_start = any(method.after == name for method in self.methods.values())
+        for last in self.methods[name].tune or ([{}] if is_start else []):
+            settings = self.settings_of(name, chosen, last)
+            yield self.cell(name, condition, self.tuning_seed, settings, "tune")
+
+    def reported(self, name: str, condition: str, chosen: Mapping[str, dict[str, Any]]) -> Iterator[Cell]:
+        """The cells that the page reports of a method in one condition; `chosen` holds what tuning gave."""
+        settings = self.settings_of(name, chosen, chosen.get(name, {}))
+        for seed in self.seeds[:1] if self.methods[name].model else self.seeds:
+            yield self.cell(name, condition, seed, settings, "report")
+
+    def costs(self, name: str, chosen: Mapping[str, dict[str, Any]]) -> Iterator[Cell]:
+        """The cell that measures time, memory and signals: alone, in a fresh process, with an empty store."""
+        if self.methods[name].stages:
+            settings = self.settings_of(name, chosen, chosen.get(name, {}))
+            yield self.cell(name, self.cost_condition, self.tuning_seed, settings, "cost")
+
+    def start(self, cell: Cell) -> Cell | None:
+        """The cell whose model a cell goes on from, where it is not the world's pivot."""
+        after = self.methods[cell.method].after
+        if after is None:
+            return None
+        purpose: Purpose = "report" if cell.seed in self.seeds else "tune"
+        return self.cell(after, cell.condition, cell.seed, self.settings_of(after, {}, {}), purpose)
+
+    def cell(self, name: str, condition: str, seed: int, settings: str, purpose: Purpose) -> Cell:
+        """A cell with the hash of its recipe; what is reported is scored on the test items, the rest is not."""
+        split: Split = "test" if purpose == "report" else "validation"
+        return Cell(name, condition, seed, split, settings, purpose, self.recipe(name, condition))
+
+    def recipe(self, name: str, condition: str) -> str:
+        """Hash of what the results of a method in a condition depend on, besides settings and seed."""
+        method = self.methods[name]
+        parts = [
+            self.world_seed,
+            self.sizes.model_dump_json(exclude={"cost_steps"}),
+            self.conditions[condition].model_dump_json(exclude={"title"}),
+            method.model_dump_json(include={"stages", "model", "share", "half", "learns_from", "teachers", "k"}),
+            method.after and self.recipe(method.after, condition),
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
+
+
+def load_plan(path: Path) -> Plan:
+    """Read and check a plan.
+
+    Raises:
+        ConfigError: it cannot be read, or breaks the schema.
+    """
+    try:
+        return Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        raise ConfigError(f"{path}: {error}") from error

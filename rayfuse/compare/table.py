@@ -1,0 +1,117 @@
+"""Raw results -> what the page shows: pandas rows per method and condition, with intervals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rayfuse.compare.plan import Plan
+from rayfuse.compare.statistics import Estimate, crossed_interval, seed_interval
+from rayfuse.quickstart.world import EXPERTS
+
+
+class RawResults:
+    """The Parquet of raw results, one row per cell.
+
+    Attributes:
+        plan: what was compared.
+        rows: all rows.
+    """
+
+    def __init__(self, plan: Plan, path: Path) -> None:
+        self.plan = plan
+        self.rows = pd.read_parquet(path)
+
+    def reported(self, method: str, condition: str) -> pd.DataFrame:
+        """The reported rows of a method in a condition, by seed; of a changed choice of settings the last.
+
+        A model that is not trained has the same row for every seed.
+        """
+        rows = self.rows
+        recipe = self.plan.recipe(method, condition)
+        mine = rows[(rows.purpose == "report") & (rows.recipe == recipe)]
+        mine = mine[(mine.method == method) & (mine.condition == condition)]
+        mine = mine.drop_duplicates("seed", keep="last").set_index("seed").sort_index()
+        if self.plan.methods[method].model and not mine.empty:
+            return mine.iloc[[0] * len(self.plan.seeds)].set_axis(self.plan.seeds)
+        return mine
+
+    def marks(self, method: str, condition: str, skill: str = "all") -> dict[int, np.ndarray]:
+        """By seed, which items are right: float64 [items] of 0 and 1."""
+        rows = self.reported(method, condition)
+        skills = EXPERTS if skill == "all" else (skill,)
+        texts = ["".join(parts) for parts in zip(*(rows[f"right_{s}"] for s in skills), strict=True)]
+        return {int(seed): np.array(list(text), dtype=np.float64) for seed, text in zip(rows.index, texts, strict=True)}
+
+    def accuracy(self, method: str, condition: str, skill: str = "all") -> Estimate:
+        """Share of right items, with its interval over seeds and items (over items where there is one seed)."""
+        return crossed_interval(np.stack(list(self.marks(method, condition, skill).values())))
+
+    def difference(self, method: str, other: str, condition: str, skill: str = "all") -> Estimate | None:
+        """Accuracy of a method minus another's, paired by seed and item; None with fewer than two common seeds."""
+        mine, others = self.marks(method, condition, skill), self.marks(other, condition, skill)
+        seeds = sorted(mine.keys() & others.keys())
+        if len(seeds) < 2:
+            return None
+        return crossed_interval(np.stack([mine[seed] - others[seed] for seed in seeds]))
+
+    def bits(self, method: str, condition: str) -> Estimate:
+        """Held-out bits per byte, over the seeds."""
+        return seed_interval(self.reported(method, condition).bits_per_byte.to_numpy(dtype=np.float64))
+
+    def bits_difference(self, method: str, other: str, condition: str) -> Estimate | None:
+        """Bits per byte of a method minus another's, paired by seed; None with fewer than two common seeds."""
+        mine, others = self.reported(method, condition).bits_per_byte, self.reported(other, condition).bits_per_byte
+        seeds = mine.index.intersection(others.index)
+        return seed_interval((mine[seeds] - others[seeds]).to_numpy(dtype=np.float64)) if len(seeds) > 1 else None
+
+    def settings(self, method: str, condition: str) -> str:
+        """What was chosen by tuning, as `key value` pairs; empty where nothing was."""
+        rows = self.reported(method, condition)
+        changes: list[dict[str, Any]] = json.loads(rows.settings.iloc[-1])
+        return ", ".join(f"{key} {value:g}" for change in changes for key, value in change.items())
+
+    def main_table(self, condition: str, part: str) -> pd.DataFrame:
+        """One row per measured method of a part of the plan: accuracies, differences, bits per byte."""
+        records = []
+        for name, method in self.plan.methods.items():
+            if method.part != part or self.reported(name, condition).empty:
+                continue
+            other = method.compare_to
+            records.append(
+                {
+                    "method": name,
+                    "title": method.title or name,
+                    "settings": self.settings(name, condition),
+                    "seeds": len(self.reported(name, condition)),
+                    **{skill: self.accuracy(name, condition, skill) for skill in (*EXPERTS, "all")},
+                    "compare_to": other,
+                    "difference": None if other == name else self.difference(name, other, condition),
+                    "bits": self.bits(name, condition),
+                    "bits_difference": None if other == name else self.bits_difference(name, other, condition),
+                }
+            )
+        return pd.DataFrame(records)
+
+    def costs(self) -> pd.DataFrame:
+        """What a step of each method takes: one row per measured method."""
+        rows = self.rows[self.rows.purpose == "cost"].drop_duplicates("method", keep="last").set_index("method")
+        known = [name for name in self.plan.methods if name in rows.index]
+        if not known:
+            return pd.DataFrame()
+        table = rows.loc[known]
+        return pd.DataFrame(
+            {
+                "title": [self.plan.title(name) for name in known],
+                "seconds_per_step": (table.step_seconds - table.wait_seconds) / table.steps,
+                "waiting_per_step": table.wait_seconds / table.steps,
+                "peak_mib": table.peak_mib,
+                "forwards_per_text": table.forwarded / table.texts,
+                "bytes_per_token": table.signal_bytes / table.signal_rows.replace(0, np.nan),
+            },
+            index=known,
+        )

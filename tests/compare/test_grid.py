@@ -1,0 +1,133 @@
+"""A tiny comparison from end to end: every cell once, resumed without doing one again, and a page with its numbers."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import ray
+from rich.console import Console
+
+from rayfuse.compare.cell import Bench
+from rayfuse.compare.grid import Results, open_cells, right, run_grid
+from rayfuse.compare.page import write_page
+from rayfuse.compare.plan import Plan
+from rayfuse.quickstart.tasks import make, write_rows
+from rayfuse.quickstart.world import EXPERTS, World
+
+PLAN = {
+    "sizes": {"steps": 4, "batch_size": 16, "unit_size": 8, "cost_steps": 2, "test": 4, "validation": 3},
+    "seeds": [1, 2],
+    "tuning_seed": 0,
+    "conditions": {"wrong": {"title": "30% wrong", "rows": 20, "wrong": 0.3, "learning_rate": 1e-3}},
+    "cost_condition": "wrong",
+    "methods": {
+        "sft": {"title": "SFT", "stages": [{"method": "sft"}]},
+        "infifusion": {
+            "title": "InfiFusion",
+            "stages": [{"method": "infifusion"}],
+            "tune": [{"lam": 0.1}, {"lam": 0.5}],
+        },
+        "infigfusion": {"stages": [{"method": "infigfusion"}], "like": "infifusion"},
+    },
+    "questions": [["infigfusion", "infifusion"]],
+}
+
+
+@pytest.fixture
+def bench(tiny, tmp_path) -> Bench:
+    """The tiny world, laid out as the quickstart lays out its own."""
+    folder = tmp_path / "world"
+    (folder / "teachers").mkdir(parents=True)
+    for skill in EXPERTS:
+        (folder / "teachers" / skill).symlink_to(tiny.model(skill))
+    (folder / "pivot").symlink_to(tiny.model("pivot"))
+    world = World(folder)
+    write_rows([row for skill in EXPERTS for row in make(skill, 6, 1000, split="heldout")], world.evaluation)
+    return Bench(Plan.model_validate(PLAN), world, tmp_path / "work")
+
+
+@pytest.mark.slow
+def test_a_comparison_is_done_in_pieces_and_told_as_measured(bench, tmp_path):
+    results, docs = tmp_path / "results.parquet", tmp_path / "docs"
+    console = Console()
+    try:
+        only_sft = bench.plan.model_copy(update={"methods": {"sft": bench.plan.methods["sft"]}, "questions": ()})
+        assert run_grid(Bench(only_sft, bench.world, bench.work), results, console) == []
+        before = pd.read_parquet(results)
+        assert sorted(before.purpose) == ["cost", "report", "report"]
+
+        assert run_grid(bench, results, console) == []
+        table = pd.read_parquet(results)
+        pd.testing.assert_frame_equal(table.iloc[:3][before.columns], before, check_dtype=False)  # not done again
+        assert table.cell.is_unique
+        assert table.purpose.value_counts().to_dict() == {"report": 6, "tune": 2, "cost": 3}
+        assert not list(open_cells(bench.plan, Results(results).rows))
+    finally:
+        ray.shutdown()
+
+    _check_rows(table)
+    page = write_page(bench.plan, results, docs).read_text()
+    for method, title in (("sft", "SFT"), ("infifusion", "InfiFusion"), ("infigfusion", "infigfusion")):
+        rows = table[(table.method == method) & (table.purpose == "report")]
+        share = sum(right(row) for row in rows.to_dict("records")) / (2 * 3 * 4)
+        lines = page.split("## 30% wrong")[1].splitlines()
+        line = next(line for line in lines if line.startswith(f"| {title} | "))
+        assert f"{share:.1%} (" in line
+        assert f"| {rows.bits_per_byte.mean():.3f} |" in line
+    assert (docs / "results-main.svg").read_text().count("<circle") == 2
+
+
+def _check_rows(table: pd.DataFrame) -> None:
+    """Seeds draw other data; the tuned weight is in use; the cost cells asked each teacher once per text."""
+    by_cell = table.set_index(["purpose", "method", "seed"])
+    reported = by_cell.loc["report"]
+    assert reported.loc[("sft", 1), "bits_per_byte"] != reported.loc[("sft", 2), "bits_per_byte"]
+    tuning = table[table.purpose == "tune"].to_dict("records")
+    best = max(tuning, key=lambda row: (right(row), -row["bits_per_byte"]))
+    assert set(table[(table.method != "sft") & (table.purpose != "tune")].settings) == {best["settings"]}
+    assert json.loads(best["settings"])[0]["lam"] in (0.1, 0.5)
+    costs = by_cell.loc["cost"]
+    assert costs.loc[("sft", 0), "forwarded"] == 0
+    for method in ("infifusion", "infigfusion"):
+        row = costs.loc[(method, 0)]
+        assert row["forwarded"] == 3 * row["texts"] == 3 * 32
+        assert 76 <= row["signal_bytes"] / row["signal_rows"] < 400  # K = 10: 76 bytes per token, and the file's header
+
+
+def test_cells_wait_for_what_they_need(bench):
+    """Reported cells wait for the tuning, and those that take over settings for the other method's."""
+    plan = bench.plan
+    rows = {}
+    cells = list(open_cells(plan, rows))
+    assert {(cell.method, cell.purpose) for cell in cells} == {
+        ("sft", "report"),
+        ("sft", "cost"),
+        ("infifusion", "tune"),
+    }
+    tuning = [cell for cell in cells if cell.purpose == "tune"]
+    for cell, marks in zip(tuning, ("110", "111"), strict=True):
+        rows[cell.name] = {f"right_{skill}": marks for skill in EXPERTS} | {"bits_per_byte": 0.5}
+    cells = list(open_cells(plan, rows))
+    assert {(cell.method, cell.purpose) for cell in cells} == {
+        (method, purpose) for method in plan.methods for purpose in ("report", "cost")
+    }
+    assert {cell.settings for cell in cells if cell.method != "sft"} == {'[{"lam": 0.5}]'}
+
+
+def test_a_changed_plan_does_its_cells_again(bench):
+    """Sizes, condition and method are part of a cell's name; titles and the choice of seeds are not."""
+    plan = bench.plan
+    cell = next(cell for cell in open_cells(plan, {}) if cell.method == "sft")
+    longer = plan.model_copy(update={"sizes": plan.sizes.model_copy(update={"steps": 8})})
+    renamed = plan.model_copy(update={"seeds": (1, 2, 3)})
+    assert next(open_cells(longer, {cell.name: {}})).name != cell.name
+    assert cell.name not in [other.name for other in open_cells(renamed, {cell.name: {}})]
+
+
+def test_the_shipped_plan_is_valid():
+    from rayfuse.compare.plan import load_plan
+
+    plan = load_plan(Path(__file__).parents[2] / "jobs" / "compare.yaml")
+    assert len(plan.seeds) >= 5
+    assert {"clean", "wrong", "few"} == set(plan.conditions)
