@@ -15,10 +15,10 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,13 +28,13 @@ from rich.console import Console
 from rayfuse import resources
 from rayfuse.card import write_card
 from rayfuse.check import check_evaluation, check_machine
-from rayfuse.config import Config, Data, InfiFusion, Merge, Model, Teacher, config_json
+from rayfuse.config import Config, Data, InfiFusion, Model, Teacher, config_json
 from rayfuse.data import DataCounts
 from rayfuse.errors import CheckpointError, ConfigError
 from rayfuse.evaluate import evaluate_model, read_items
-from rayfuse.merge import merge
 from rayfuse.metrics import LiveLine
 from rayfuse.models import fingerprint
+from rayfuse.pairwise import train_pairwise
 from rayfuse.prepare import PrepareSpec
 from rayfuse.report import write_report
 from rayfuse.stages import METHODS, ranks
@@ -194,7 +194,7 @@ def _stage_job(config: Config, index: int, fingerprints: dict[str, str], sources
         stage=stage,
     )
     identity = {
-        "stage": stage.model_dump(mode="json", exclude={"save_every", "keep"}),
+        "stage": stage.model_dump(mode="json", exclude={"save_every": True, "keep": True, "merge": {"parallel"}}),
         "student": config.student.model_dump(mode="json", exclude={"prefetch", "max_failures", "cpus"}),
         "teachers": [(fp, teacher.weight) for teacher, fp in spec.teachers],
         "data": source.content,
@@ -210,34 +210,6 @@ def _stage_job(config: Config, index: int, fingerprints: dict[str, str], sources
         spec=spec,
         blocks=source.blocks,
         units=source.units,
-    )
-
-
-def train_pairwise(job: StageJob, how: Merge, train: Callable[[StageJob], Path] = train_group) -> Path:
-    """Pairwise InfiFusion (InfiFusion_p): a student per teacher, one after the other, merged into the stage's model.
-
-    A student that is there already, from before a resume, is not trained again.
-    """
-    students = []
-    for teacher in job.spec.teachers:
-        alone = replace(job.spec, teachers=(teacher,))
-        of_teacher = replace(job, spec=alone, part=teacher[0].name, identity=f"{job.identity}/{teacher[1]}")
-        done = of_teacher.folder / "model"
-        students.append(done if done.exists() else train(of_teacher))
-    base = Path(job.start)
-    if not base.is_dir():
-        from huggingface_hub import snapshot_download
-
-        base = Path(snapshot_download(job.start, revision=job.config.student.revision))
-    student = job.config.student
-    return merge(
-        base,
-        students,
-        job.folder / "model",
-        method=how.method,
-        density=how.density,
-        scale=how.scale,
-        dtype=student.dtype,
     )
 
 

@@ -6,7 +6,10 @@ reads the file. So a record survives whatever dies, and nothing else has to be r
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -21,18 +24,33 @@ PLAIN_EVERY_S = 10.0
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl`; each line is complete when it is written."""
+    """Appends records to `metrics.jsonl`, which the students of a pairwise stage write together, from any node.
+
+    A record is one write under a lock: lines stay whole and none is lost, on network file systems too, where
+    appending alone is not atomic. A file system without locks has O_APPEND only.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.exists() and not path.read_bytes().endswith(b"\n")
-        self.file = path.open("a", encoding="utf-8", buffering=1)
-        if torn:  # a killed writer's last line
-            self.file.write("\n")
+        self.file = path.open("a+b", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record, with the time."""
-        self.file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+        line = json.dumps({**record, "time": round(time.time(), 3)}).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+        try:
+            self.file.write(b"\n" + line if self._torn() else line)
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self.file, fcntl.LOCK_UN)
+
+    def _torn(self) -> bool:
+        """Whether the last line is that of a killed writer."""
+        if not self.file.seek(0, os.SEEK_END):
+            return False
+        self.file.seek(-1, os.SEEK_END)
+        return self.file.read(1) != b"\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -72,8 +90,8 @@ class LiveLine:
         self.console = console
         self.done = threading.Event()
         self.offset = path.stat().st_size if path.exists() else 0
-        self.begun: tuple[int, float] | None = None
-        self.shown_step = 0
+        self.begun: dict[str, tuple[int, float]] = {}
+        self.shown: tuple[str, int] | None = None
         self.shown_at = 0.0
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -102,19 +120,18 @@ class LiveLine:
 
     def _show(self, *, final: bool = False) -> None:
         record = self._newest()
-        if record is None or record["step"] == self.shown_step:
+        if record is None or (record["stage"], record["step"]) == self.shown:
             return
         now = time.monotonic()
-        if self.begun is None:
-            self.begun = (record["step"], now)
-        steps = record["step"] - self.begun[0]
-        left = (now - self.begun[1]) / steps * (record["steps"] - record["step"]) if steps > 0 else None
+        first, at = self.begun.setdefault(record["stage"], (record["step"], now))
+        steps = record["step"] - first
+        left = (now - at) / steps * (record["steps"] - record["step"]) if steps > 0 else None
         line = line_of(record, left)
         if self.console.is_terminal:
-            self.shown_step = record["step"]
+            self.shown = (record["stage"], record["step"])
             text = Text(line, no_wrap=True, overflow="ellipsis")
             text.truncate(self.console.width - 1, pad=True)
             self.console.print(text, end="\r")
         elif final or now - self.shown_at >= PLAIN_EVERY_S:
-            self.shown_step, self.shown_at = record["step"], now
+            self.shown, self.shown_at = (record["stage"], record["step"]), now
             self.console.print(line, highlight=False, soft_wrap=True)

@@ -39,7 +39,7 @@ def connect(config: Config) -> bool:
     """Connect to the cluster that the configuration or RAY_ADDRESS names, or start an embedded one.
 
     An embedded cluster offers as many logical CPUs as the run's actors ask for, so that a laptop runs what a cluster
-    runs, only slower.
+    runs, only slower. The students of a pairwise stage ask for one student's, or for what merge.parallel says.
 
     Returns:
         True where this call started an embedded cluster, which ends with this process.
@@ -75,9 +75,33 @@ def connect(config: Config) -> bool:
 
 
 def _local_cpus(config: Config) -> int:
-    teachers = sum(teacher.cpus * teacher.replicas.max for teacher in config.teachers)
-    student = config.student.workers * (config.student.cpus + config.student.prefetch * PREPARE_CPUS)
-    return max(os.cpu_count() or 1, math.ceil(teachers + student + SERVE_OVERHEAD_CPUS))
+    merges = [merge for stage in config.stages if (merge := getattr(stage, "merge", None))]
+    at_once = max([min(merge.parallel or 1, len(config.teachers)) for merge in merges], default=1)
+    students = at_once * _student_cpus(config.student)
+    return max(os.cpu_count() or 1, math.ceil(_teacher_cpus(config) + students + SERVE_OVERHEAD_CPUS))
+
+
+def _teacher_cpus(config: Config) -> float:
+    return sum(teacher.cpus * teacher.replicas.max for teacher in config.teachers)
+
+
+def _student_cpus(student: Student) -> float:
+    return student.workers * (student.cpus + student.prefetch * PREPARE_CPUS)
+
+
+def students_at_once(config: Config) -> int:
+    """Students of a pairwise stage that fit into what the cluster has free, at least one.
+
+    The teachers keep room for all their replicas: students that took it would wait for teachers that cannot start.
+    What the teachers hold already counts twice here, so this is rather too few than too many.
+    """
+    free, student = ray.available_resources(), config.student
+    cpus = free.get("CPU", 0.0) - _teacher_cpus(config) - SERVE_OVERHEAD_CPUS
+    fit = [cpus / _student_cpus(student)]
+    if student.gpus:
+        teachers = sum(teacher.gpus * teacher.replicas.max for teacher in config.teachers)
+        fit.append((free.get("GPU", 0.0) - teachers) / (student.workers * student.gpus))
+    return max(1, int(min(fit)))
 
 
 def prepare_task() -> dict[str, Any]:

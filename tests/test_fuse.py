@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,21 +143,48 @@ def test_the_three_methods_in_one_run(tiny, tmp_path, cluster):
     assert (tmp_path / "run/report.html").exists()
 
 
+PAIRWISE = {"method": "infifusion", "steps": 3, "batch_size": 16, "learning_rate": 1e-3}
+
+
+def _students(folder):
+    parts = ("math/model", "code/model", "model")
+    return [load_file(folder / "stages/01-infifusion" / part / "model.safetensors") for part in parts]
+
+
 def test_pairwise_infifusion_trains_a_student_per_teacher_and_merges_them(tiny, tmp_path, cluster):
-    """With task arithmetic and weights 1/S the result is the mean of the two students."""
-    stage = {"method": "infifusion", "merge": "task_arithmetic", "steps": 3, "batch_size": 16, "learning_rate": 1e-3}
-    fuse(parse_config(tiny.tree(tmp_path / "run", stages=[stage])))
-    folder = tmp_path / "run/stages/01-infifusion"
-    math, code, merged = (
-        load_file(folder / part / "model.safetensors") for part in ("math/model", "code/model", "model")
-    )
+    """With task arithmetic and weights 1/S the result is the mean; side by side or one by one, it is the same bits."""
+    for name, parallel in (("together", 2), ("in turn", 1)):
+        stage = {**PAIRWISE, "merge": {"method": "task_arithmetic", "parallel": parallel}}
+        fuse(parse_config(tiny.tree(tmp_path / name, stages=[stage])))
+    math, code, merged = _students(tmp_path / "together")
     assert any(not math[name].equal(code[name]) for name in math)
     for name, value in merged.items():
         assert (value - (math[name] + code[name]) / 2).abs().max() < 1e-6
-    records = _metrics(tmp_path / "run")
-    assert {record["stage"] for record in records} == {"01-infifusion/math", "01-infifusion/code"}
+    for one, other in zip((math, code, merged), _students(tmp_path / "in turn"), strict=True):
+        assert all(one[name].numpy().tobytes() == other[name].numpy().tobytes() for name in one)
+    records = _metrics(tmp_path / "together")
+    steps = {(record["stage"], record["step"]) for record in records}
+    assert steps == {(f"01-infifusion/{name}", step) for name in ("math", "code") for step in (1, 2, 3)}
+    assert len(records) == 6
     assert all("loss_uld/code" not in record for record in records if record["stage"].endswith("math"))
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "together/model")
+
+
+def test_a_teacher_that_fails_costs_the_other_student_nothing(tiny, tmp_path, cluster):
+    """One of two teachers cannot start: the other's student is kept, and a resume trains the missing one only."""
+    broken = shutil.copytree(tiny.model("code"), tmp_path / "code")
+    (broken / "model.safetensors").rename(tmp_path / "weights")
+    (broken / "model.safetensors").write_bytes(b"torn")
+    tree = tiny.tree(tmp_path / "run", stages=[{**PAIRWISE, "merge": {"method": "sce", "parallel": 2}}])
+    tree["teachers"][1]["model"] = str(broken)
+    with pytest.raises(TeacherError, match=r"01-infifusion/code .*math trained and kept(.|\n)*cannot start"):
+        fuse(parse_config(tree))
+    math = (tmp_path / "run/stages/01-infifusion/math/model/model.safetensors").read_bytes()
+    (tmp_path / "weights").rename(broken / "model.safetensors")
+    fuse(parse_config(tree), resume=True)
+    assert (tmp_path / "run/stages/01-infifusion/math/model/model.safetensors").read_bytes() == math
+    steps = [(record["stage"], record["step"]) for record in _metrics(tmp_path / "run")]
+    assert sorted(steps) == sorted((f"01-infifusion/{name}", step) for name in ("math", "code") for step in (1, 2, 3))
 
 
 def test_a_teacher_that_cannot_start_ends_the_run_with_its_cause(tiny, tmp_path, cluster):

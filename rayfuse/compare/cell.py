@@ -30,8 +30,9 @@ from rayfuse.compare.texts import pairs_of, responses_of, texts_file
 from rayfuse.config import STAGES, Benchmark, Config, InfiFusion, Teacher, parse_config
 from rayfuse.data import Sample
 from rayfuse.evaluate import measure_items
-from rayfuse.fuse import Source, _fingerprints, _stage_job, load_source, train_pairwise
+from rayfuse.fuse import Source, _fingerprints, _stage_job, load_source
 from rayfuse.metrics import read_metrics
+from rayfuse.pairwise import train_pairwise
 from rayfuse.quickstart.world import EXPERTS, World
 from rayfuse.student.worker import BLOCK, StageJob, train
 from rayfuse.teachers import deployment
@@ -147,7 +148,7 @@ def train_cell(bench: Bench, config: Config) -> Trained:
         if job.spec.teachers:
             deployment.deploy(job.spec.teachers, config.signals.k)
         if isinstance(job.stage, InfiFusion) and job.stage.merge is not None:
-            train_pairwise(job, job.stage.merge, partial(_train_once, bench.work / "students"))
+            train_pairwise(job, job.stage.merge, partial(_train_once, bench.work / "students"), at_once=1)
         else:
             train_here(job)
     measured = {

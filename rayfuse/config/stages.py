@@ -67,6 +67,9 @@ class Merge(Section):
         None, gt=0, le=1, description="share of each tensor's elements kept by ties (default 0.2) and sce (0.1)"
     )
     scale: float = Field(1.0, gt=0, description="factor on the merged difference to the model the stage starts from")
+    parallel: int | None = Field(
+        None, ge=1, description="students trained at a time; default: as many as the cluster has room for"
+    )
 
 
 class InfiFusion(Distillation):
