@@ -3,6 +3,7 @@
 from rayfuse.losses.fpo import fpo_loss, fuse_logps, wrpo_loss
 from rayfuse.losses.fused_head import HeadOutput, fused_head
 from rayfuse.losses.gld import gauge, gld_distance, gld_features, gld_loss
+from rayfuse.losses.gw import gld_graphs, gw_couplings, gw_distance
 from rayfuse.losses.standardize import standardize
 from rayfuse.losses.token_logps import token_logps
 from rayfuse.losses.topk import TeacherTopK, teacher_topk
@@ -17,7 +18,10 @@ __all__ = [
     "gauge",
     "gld_distance",
     "gld_features",
+    "gld_graphs",
     "gld_loss",
+    "gw_couplings",
+    "gw_distance",
     "standardize",
     "teacher_topk",
     "token_logps",

@@ -38,12 +38,17 @@ def gld_features(values: torch.Tensor, sample: torch.Tensor, samples: int) -> to
     Paper: InfiGFusion (arXiv 2505.13893), graph on logits and its node features; cosine and mean in place of the raw
     outer products keep the features independent of L and of the scale of the logits.
     """
+    unit_Nk = unit_columns(values, sample, samples)
+    shares_Nk = unit_Nk * unit_Nk.mean(dim=1, keepdim=True)
+    return shares_Nk.new_zeros(samples, values.shape[1]).index_add(0, sample, shares_Nk).sort(dim=1).values
+
+
+def unit_columns(values: torch.Tensor, sample: torch.Tensor, samples: int) -> torch.Tensor:
+    """The values [N, k] with each sample's columns divided by their L2 norm; see gld_features for arguments, errors."""
     _check(values, sample, samples)
     values_Nk = values.to(torch.promote_types(values.dtype, torch.float32))
     squares_Bk = values_Nk.new_zeros(samples, values.shape[1]).index_add(0, sample, values_Nk.square())
-    unit_Nk = values_Nk * squares_Bk.clamp_min(TINY).rsqrt()[sample]
-    shares_Nk = unit_Nk * unit_Nk.mean(dim=1, keepdim=True)
-    return torch.zeros_like(squares_Bk).index_add(0, sample, shares_Nk).sort(dim=1).values
+    return values_Nk * squares_Bk.clamp_min(TINY).rsqrt()[sample]
 
 
 def gld_distance(student_features: torch.Tensor, teacher_features: torch.Tensor) -> torch.Tensor:
