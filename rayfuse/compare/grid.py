@@ -129,43 +129,43 @@ def open_cells(plan: Plan, rows: Rows) -> Iterator[Cell]:
     model that it goes on from.
     """
     for name in plan.methods:
-        for condition in plan.conditions_of(name):
-            chosen = _donated(plan, rows, name, condition)
-            if chosen is None:
-                continue
-            cells = list(plan.tuning(name, condition, chosen))
-            best = best_settings(plan, rows, name, condition)
-            if best is not None:
+        chosen = _donated(plan, rows, name)
+        if chosen is None:
+            continue
+        cells = list(plan.tuning(name, chosen))
+        best = best_settings(plan, rows, name)
+        if best is not None:
+            for condition in plan.conditions_of(name):
                 cells += plan.reported(name, condition, {**chosen, name: best})
-            yield from (cell for cell in cells if cell.name not in rows and _has_start(plan, rows, cell))
+        yield from (cell for cell in cells if cell.name not in rows and _has_start(plan, rows, cell))
     for name in plan.methods:
-        chosen, best = (f(plan, rows, name, plan.cost_condition) for f in (_donated, best_settings))
-        if chosen is not None and best is not None and plan.cost_condition in plan.conditions_of(name):
+        chosen, best = _donated(plan, rows, name), best_settings(plan, rows, name)
+        if chosen is not None and best is not None:
             cells = list(plan.costs(name, {**chosen, name: best}))
             yield from (cell for cell in cells if cell.name not in rows and _has_start(plan, rows, cell))
 
 
-def best_settings(plan: Plan, rows: Rows, name: str, condition: str) -> dict[str, Any] | None:
-    """The settings of the best tuning cell of a method in a condition, or None while some of them are missing.
+def best_settings(plan: Plan, rows: Rows, name: str) -> dict[str, Any] | None:
+    """The settings of a method's best tuning cell, or None while some of them are missing.
 
     Best is the most right validation items; of equals, the fewest bits per byte.
     """
     method = plan.methods[name]
-    known = _donated(plan, rows, name, condition)
+    known = _donated(plan, rows, name)
     if known is None:
         return None
     if not method.tune:
         return {}
-    cells = list(plan.tuning(name, condition, known))
+    cells = list(plan.tuning(name, known))
     if any(cell.name not in rows for cell in cells):
         return None
     scored = [(right(rows[cell.name]), -rows[cell.name]["bits_per_byte"]) for cell in cells]
     return method.tune[scored.index(max(scored))]
 
 
-def _donated(plan: Plan, rows: Rows, name: str, condition: str) -> dict[str, dict[str, Any]] | None:
+def _donated(plan: Plan, rows: Rows, name: str) -> dict[str, dict[str, Any]] | None:
     """What was tuned for the methods that a method takes settings from, or None while some of it is missing."""
-    donated = {donor: best_settings(plan, rows, donor, condition) for donor in plan.donors(name)}
+    donated = {donor: best_settings(plan, rows, donor) for donor in plan.donors(name)}
     known = {donor: settings for donor, settings in donated.items() if settings is not None}
     return known if len(known) == len(donated) else None
 

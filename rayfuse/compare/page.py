@@ -105,7 +105,8 @@ def _sizes(raw: RawResults) -> Iterator[str]:
     )
     yield (
         f"- {len(EXPERTS) * sizes.test} test items. Weights are chosen on {len(EXPERTS) * sizes.validation} other "
-        f"held-out items with seed {plan.tuning_seed}, which is not reported, by most right answers."
+        f"held-out items with seed {plan.tuning_seed}, which is not reported, in the condition "
+        f'"{plan.conditions[plan.tuning_condition].title}", by most right answers, and used in all conditions.'
     )
     for condition in plan.conditions.values():
         wrong = f", {condition.wrong:.0%} of them with a wrong response" if condition.wrong else ""
@@ -187,7 +188,7 @@ def _plot(plan: Plan, tables: dict[str, pd.DataFrame]) -> str:
         plan.conditions[condition].title: {
             str(record["title"]): record["difference"]
             for record in table.to_dict("records")
-            if isinstance(record["difference"], Estimate)
+            if isinstance(record["difference"], Estimate) and record["method"] in plan.trained
         }
         for condition, table in tables.items()
     }

@@ -112,6 +112,7 @@ class Plan(Section):
     sizes: Sizes
     seeds: tuple[int, ...] = Field(min_length=1, description="reported; each draws its own training rows and order")
     tuning_seed: int = Field(description="settings are chosen on this one, which is not reported")
+    tuning_condition: str = Field(description="settings are chosen in this one, and used in all")
     conditions: dict[str, Condition]
     methods: dict[str, Method]
     cost_condition: str = Field(description="condition in which steps, memory and signals are measured")
@@ -122,8 +123,9 @@ class Plan(Section):
     def _consistent(self) -> Plan:
         if self.tuning_seed in self.seeds:
             raise ValueError(f"tuning_seed {self.tuning_seed} is among the reported seeds {self.seeds}")
-        if self.cost_condition not in self.conditions:
-            raise ValueError(f"cost_condition {self.cost_condition!r} is none of {', '.join(self.conditions)}")
+        for key in ("tuning_condition", "cost_condition"):
+            if getattr(self, key) not in self.conditions:
+                raise ValueError(f"{key} {getattr(self, key)!r} is none of {', '.join(self.conditions)}")
         for name, method in self.methods.items():
             for other in (method.like, method.after, method.compare_to):
                 if other is not None and other not in self.methods:
@@ -172,12 +174,12 @@ class Plan(Section):
             {method.like} if method.like else set()
         )
 
-    def tuning(self, name: str, condition: str, chosen: Mapping[str, dict[str, Any]]) -> Iterator[Cell]:
+    def tuning(self, name: str, chosen: Mapping[str, dict[str, Any]]) -> Iterator[Cell]:
         """The cells on the tuning seed: one for each of the settings tried, or one model for others to go on from."""
         is_start = any(method.after == name for method in self.methods.values())
         for last in self.methods[name].tune or ([{}] if is_start else []):
             settings = self.settings_of(name, chosen, last)
-            yield self.cell(name, condition, self.tuning_seed, settings, "tune")
+            yield self.cell(name, self.tuning_condition, self.tuning_seed, settings, "tune")
 
     def reported(self, name: str, condition: str, chosen: Mapping[str, dict[str, Any]]) -> Iterator[Cell]:
         """The cells that the page reports of a method in one condition; `chosen` holds what tuning gave."""

@@ -19,6 +19,7 @@ PLAN = {
     "sizes": {"steps": 4, "batch_size": 16, "unit_size": 8, "cost_steps": 2, "test": 4, "validation": 3},
     "seeds": [1, 2],
     "tuning_seed": 0,
+    "tuning_condition": "wrong",
     "conditions": {"wrong": {"title": "30% wrong", "rows": 20, "wrong": 0.3, "learning_rate": 1e-3}},
     "cost_condition": "wrong",
     "methods": {

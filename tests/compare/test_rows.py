@@ -40,6 +40,7 @@ def test_tuning_sees_no_test_item(tmp_path):
             "sizes": sizes,
             "seeds": [1],
             "tuning_seed": 0,
+            "tuning_condition": "clean",
             "conditions": {"clean": _condition(5)},
             "cost_condition": "clean",
             "methods": {"sft": {"stages": [{"method": "sft"}]}},
