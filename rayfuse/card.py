@@ -12,7 +12,19 @@ from typing import Any
 
 import yaml
 
-from rayfuse.config import DPO, SFT, ByteKD, Config, Distillation, InfiFPO, InfiFusion, InfiGFusion, Preference, Stage
+from rayfuse.config import (
+    DPO,
+    SFT,
+    ByteKD,
+    Config,
+    Distillation,
+    InfiFPO,
+    InfiFusion,
+    InfiGFusion,
+    Preference,
+    Stage,
+    Trust,
+)
 from rayfuse.results import ALL, BITS, best, caveat, columns, headline, label, score
 
 PATH_KEYS = frozenset({"model", "tokenizer", "trust_remote_code", "gguf_file", "path", "output", "store"})
@@ -143,6 +155,13 @@ def _bytekd_text(stage: ByteKD, config: Config) -> str:
     )
 
 
+def _trust_text(stage: Trust, config: Config) -> str:
+    return (
+        "`trust` (trust-weighted fine-tuning): cross-entropy in which a sample counts by the probability per token "
+        f"that its surest teacher gives to the response, to the power {stage.trust:g}."
+    )
+
+
 def _preference_text(stage: Preference) -> str:
     norm = "length-normalised" if stage.length_norm else "summed"
     return f"{stage.variant} loss with beta {stage.beta:g} on {norm} log-probabilities of preference pairs"
@@ -168,6 +187,7 @@ STAGE_TEXTS: dict[type[Stage], Callable[[Any, Config], str]] = {
     InfiFusion: _infifusion_text,
     InfiGFusion: _infigfusion_text,
     ByteKD: _bytekd_text,
+    Trust: _trust_text,
     InfiFPO: _infifpo_text,
     DPO: _dpo_text,
 }

@@ -167,6 +167,7 @@ def _suffixes(stages: dict[str, list[Record]], prefix: str) -> list[str]:
 
 OTHER_CURVES = {
     "loss_kl": ("distance to the teachers' mixture", "KL, nats per token"),
+    "trusted": ("teachers' belief in the samples", "mean weight"),
     "label_mass": ("teachers' share for the written token", "mean probability"),
     "margin": ("margin", "beta x (chosen - rejected)"),
     "preferred": ("chosen more likely than rejected", "share of pairs"),

@@ -32,6 +32,7 @@ from rayfuse.config.stages import (
     Merge,
     Preference,
     Stage,
+    Trust,
 )
 from rayfuse.config.teachers import Replicas, Teacher
 
@@ -59,6 +60,7 @@ __all__ = [
     "Stage",
     "Student",
     "Teacher",
+    "Trust",
     "apply_override",
     "config_json",
     "load_config",

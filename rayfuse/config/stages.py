@@ -104,6 +104,20 @@ class ByteKD(Stage):
     temper: float = Field(1.0, ge=0, description="how strongly a teacher's likelihood of the response weighs; 0: equal")
 
 
+class Trust(Stage):
+    """Trust-weighted fine-tuning (ours): a sample counts as much as its surest teacher believes its response."""
+
+    uses_teachers: ClassVar[bool] = True
+
+    method: Literal["trust"] = "trust"
+    trust: float = Field(
+        4.0,
+        ge=0,
+        description="how strongly belief counts: a sample's weight is the surest teacher's probability per token, to "
+        "this power; 0 is sft",
+    )
+
+
 class Preference(Stage):
     """What the stages on preference pairs share. They read `preferences`, and batch_size counts pairs."""
 
@@ -139,6 +153,7 @@ STAGES: dict[str, type[Stage]] = {
     "infifusion": InfiFusion,
     "infigfusion": InfiGFusion,
     "bytekd": ByteKD,
+    "trust": Trust,
     "infifpo": InfiFPO,
     "dpo": DPO,
 }

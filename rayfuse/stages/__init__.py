@@ -22,6 +22,7 @@ from rayfuse.stages.infifpo import infifpo_loss
 from rayfuse.stages.infifusion import infifusion_loss
 from rayfuse.stages.infigfusion import infigfusion_loss
 from rayfuse.stages.sft import sft_loss
+from rayfuse.stages.trust import trust_loss
 
 Parts = dict[str, torch.Tensor]
 Loss = Callable[[Any, Any, FusionBatch, Counts], tuple[torch.Tensor, Parts]]
@@ -46,13 +47,14 @@ METHODS: dict[str, Method] = {
     "infifusion": Method(infifusion_loss),
     "infigfusion": Method(infigfusion_loss, targets=("ranks", "graphs")),
     "bytekd": Method(bytekd_loss, targets=("ranks", "carried")),
+    "trust": Method(trust_loss, targets=("responses",)),
     "infifpo": Method(infifpo_loss, targets=("responses",)),
     "dpo": Method(dpo_loss, targets=("responses",)),
 }
 
 
 def ranks(config: Config, stage: Stage) -> int | None:
-    """K of a stage: how many ranks of each position its loss compares; None for preferences, which compare none."""
-    if stage.uses_preferences:
+    """K of a stage: how many ranks of each position its loss compares; None where it weighs whole responses."""
+    if METHODS[stage.method].targets == ("responses",):
         return None
     return getattr(stage, "k", None) or config.signals.k
