@@ -21,13 +21,11 @@ from rayfuse.compare.cell import Bench, run_cell
 from rayfuse.compare.plan import Cell, Plan
 from rayfuse.compare.rows import training_rows, write_once
 from rayfuse.compare.texts import texts_file, write_texts
+from rayfuse.compare.tuning import Rows, best_settings, donated, right
 from rayfuse.config import STAGES, Config, parse_config
 from rayfuse.errors import RayfuseError
 from rayfuse.quickstart.world import EXPERTS, build_world
 from rayfuse.teachers import deployment
-
-Rows = Mapping[str, Mapping[str, Any]]
-"""Finished rows by the name of their cell."""
 
 
 class Results:
@@ -129,7 +127,7 @@ def open_cells(plan: Plan, rows: Rows) -> Iterator[Cell]:
     model that it goes on from.
     """
     for name in plan.methods:
-        chosen = _donated(plan, rows, name)
+        chosen = donated(plan, rows, name)
         if chosen is None:
             continue
         cells = list(plan.tuning(name, chosen))
@@ -139,40 +137,10 @@ def open_cells(plan: Plan, rows: Rows) -> Iterator[Cell]:
                 cells += plan.reported(name, condition, {**chosen, name: best})
         yield from (cell for cell in cells if cell.name not in rows and _has_start(plan, rows, cell))
     for name in plan.methods:
-        chosen, best = _donated(plan, rows, name), best_settings(plan, rows, name)
+        chosen, best = donated(plan, rows, name), best_settings(plan, rows, name)
         if chosen is not None and best is not None:
             cells = list(plan.costs(name, {**chosen, name: best}))
             yield from (cell for cell in cells if cell.name not in rows and _has_start(plan, rows, cell))
-
-
-def best_settings(plan: Plan, rows: Rows, name: str) -> dict[str, Any] | None:
-    """The settings of a method's best tuning cell, or None while some of them are missing.
-
-    Best is the most right validation items; of equals, the fewest bits per byte.
-    """
-    method = plan.methods[name]
-    known = _donated(plan, rows, name)
-    if known is None:
-        return None
-    if not method.tune:
-        return {}
-    cells = list(plan.tuning(name, known))
-    if any(cell.name not in rows for cell in cells):
-        return None
-    scored = [(right(rows[cell.name]), -rows[cell.name]["bits_per_byte"]) for cell in cells]
-    return method.tune[scored.index(max(scored))]
-
-
-def _donated(plan: Plan, rows: Rows, name: str) -> dict[str, dict[str, Any]] | None:
-    """What was tuned for the methods that a method takes settings from, or None while some of it is missing."""
-    donated = {donor: best_settings(plan, rows, donor) for donor in plan.donors(name)}
-    known = {donor: settings for donor, settings in donated.items() if settings is not None}
-    return known if len(known) == len(donated) else None
-
-
-def right(row: Mapping[str, Any]) -> int:
-    """Right items of a row."""
-    return sum(str(row[f"right_{skill}"]).count("1") for skill in EXPERTS)
 
 
 def summary(row: Mapping[str, Any]) -> str:

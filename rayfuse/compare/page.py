@@ -115,12 +115,13 @@ def _sizes(raw: RawResults) -> Iterator[str]:
 
 
 def _verdict(plan: Plan, condition: str, table: pd.DataFrame) -> Iterator[str]:
-    """Which methods are above SFT, which below, and which cannot be told from it."""
+    """Which methods are above SFT, which below, and which cannot be told from it; of those with all seeds."""
     signs: dict[int, list[str]] = {1: [], -1: [], 0: []}
     for record in table.to_dict("records"):
         difference = record["difference"]
-        if record["compare_to"] == "sft" and isinstance(difference, Estimate) and record["method"] in plan.trained:
-            signs[difference.sign].append(f"{record['title']} ({_points(difference)})")
+        complete = record["seeds"] == len(plan.seeds) and record["method"] in plan.trained
+        if complete and record["compare_to"] == "sft" and isinstance(difference, Estimate):
+            signs[difference.sign].append(f"{record['title']} ({_points(difference).strip('*')})")
     yield f"- **{plan.conditions[condition].title}.** Above SFT: {'; '.join(signs[1]) or 'none'}."
     yield f"  Below SFT: {'; '.join(signs[-1]) or 'none'}. Not to be told from SFT: {'; '.join(signs[0]) or 'none'}."
 
@@ -199,7 +200,7 @@ def _plot(plan: Plan, tables: dict[str, pd.DataFrame]) -> str:
 
 
 def _share(estimate: Estimate) -> str:
-    return f"{estimate.mean:.1%} ({100 * estimate.low:.1f}–{100 * estimate.high:.1f})"
+    return f"{estimate.mean:.1%} ({100 * estimate.low:.1f} to {100 * estimate.high:.1f})"
 
 
 def _points(estimate: object) -> str:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from rayfuse.compare.plan import Plan
 from rayfuse.compare.statistics import Estimate, crossed_interval, seed_interval
+from rayfuse.compare.tuning import best_settings, donated
 from rayfuse.quickstart.world import EXPERTS
 
 
@@ -20,22 +21,28 @@ class RawResults:
     Attributes:
         plan: what was compared.
         rows: all rows.
+        cells: names of the reported cells, by method and condition; none where tuning is not done.
     """
 
     def __init__(self, plan: Plan, path: Path) -> None:
         self.plan = plan
         self.rows = pd.read_parquet(path)
+        by_cell = {str(row["cell"]): row for row in self.rows.to_dict("records")}
+        self.cells: dict[tuple[str, str], list[str]] = {}
+        for name in plan.methods:
+            chosen, best = donated(plan, by_cell, name), best_settings(plan, by_cell, name)
+            for condition in plan.conditions:
+                known = chosen is not None and best is not None and condition in plan.conditions_of(name)
+                cells = plan.reported(name, condition, {**(chosen or {}), name: best or {}}) if known else ()
+                self.cells[name, condition] = [cell.name for cell in cells]
 
     def reported(self, method: str, condition: str) -> pd.DataFrame:
-        """The reported rows of a method in a condition, by seed; of a changed choice of settings the last.
+        """The reported rows of a method in a condition, by seed, with the settings that tuning chose.
 
         A model that is not trained has the same row for every seed.
         """
         rows = self.rows
-        recipe = self.plan.recipe(method, condition)
-        mine = rows[(rows.purpose == "report") & (rows.recipe == recipe)]
-        mine = mine[(mine.method == method) & (mine.condition == condition)]
-        mine = mine.drop_duplicates("seed", keep="last").set_index("seed").sort_index()
+        mine = rows[rows.cell.isin(self.cells[method, condition])].set_index("seed").sort_index()
         if self.plan.methods[method].model and not mine.empty:
             return mine.iloc[[0] * len(self.plan.seeds)].set_axis(self.plan.seeds)
         return mine

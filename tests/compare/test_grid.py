@@ -9,9 +9,10 @@ import ray
 from rich.console import Console
 
 from rayfuse.compare.cell import Bench
-from rayfuse.compare.grid import Results, open_cells, right, run_grid
+from rayfuse.compare.grid import Results, open_cells, run_grid
 from rayfuse.compare.page import write_page
 from rayfuse.compare.plan import Plan
+from rayfuse.compare.tuning import right
 from rayfuse.quickstart.tasks import make, write_rows
 from rayfuse.quickstart.world import EXPERTS, World
 
