@@ -26,7 +26,7 @@ from rayfuse.models import load_tokenizer
 from rayfuse.render import Rendered, Renderer
 from rayfuse.signals import TopKSignals
 from rayfuse.store import SignalStore
-from rayfuse.targets import TARGETS, Unit, bare_targets
+from rayfuse.targets import TARGETS, Unit, bare_targets, fields_read
 from rayfuse.vocabulary import Vocabularies
 
 
@@ -71,6 +71,7 @@ class Preparer:
         self.renderer = Renderer(load_tokenizer(spec.student))
         self.store = SignalStore(spec.store)
         self.vocabularies = Vocabularies(self.renderer, [teacher for teacher, _ in spec.teachers])
+        self.fields = fields_read(spec.targets)
         self.scorers = [ask(teacher, fingerprint) for teacher, fingerprint in spec.teachers]
 
     def __call__(self, samples: Sequence[Sample]) -> FusionBatch:
@@ -101,9 +102,10 @@ class Preparer:
         """Per teacher the signals of each sample: from the store, and from the teacher where one is missing there.
 
         A teacher always scores the whole unit, so that an answer computed again has the same bits; what the store
-        already holds is used as it is. All teachers are asked before the first is waited for.
+        already holds is used as it is, and read no further than the targets need. All teachers are asked before the
+        first is waited for.
         """
-        found = [[self.store.get(fp, sample.key) for sample in samples] for _, fp in self.spec.teachers]
+        found = [[self.store.get(fp, sample.key, self.fields) for sample in samples] for _, fp in self.spec.teachers]
         waits = [
             scorer.score(samples) if any(item is None for item in of_teacher) else None
             for scorer, of_teacher in zip(self.scorers, found, strict=True)
@@ -123,7 +125,7 @@ class Preparer:
                 )
             for index in missing:
                 self.store.put(fp, samples[index].key, answers[index])
-            signals.append([item or answers[index] for index, item in enumerate(of_teacher)])
+            signals.append([answers[i] if item is None else item for i, item in enumerate(of_teacher)])
         stats["damaged"] = self.store.damaged
         self.store.damaged = 0
         return signals

@@ -11,13 +11,14 @@ import contextlib
 import logging
 import os
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from rayfuse.errors import SignalError, StoreError
-from rayfuse.signals import TopKSignals, decode, encode
+from rayfuse.signals import FIELDS, TopKSignals, decode, encode, read_signals
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class SignalStore:
     """Signals by (fingerprint, key) below one folder or URL.
 
     Attributes:
-        damaged: objects found unreadable or foreign by this process, and removed.
+        damaged: objects found unreadable, foreign or of another format by this process, and removed.
     """
 
     def __init__(self, url: str) -> None:
@@ -43,17 +44,23 @@ class SignalStore:
         """Where the object of one teacher and sample is."""
         return f"{self.root}/{fingerprint}/{key[:2]}/{key}.safetensors"
 
-    def get(self, fingerprint: str, key: str) -> TopKSignals | None:
-        """The signals of one sample, or None where there are none (or only a damaged object, which is removed)."""
-        path = self.path(fingerprint, key)
+    def get(self, fingerprint: str, key: str, fields: Sequence[str] = FIELDS) -> TopKSignals | None:
+        """The signals of one sample, or None where there are none (or only an unusable object, which is removed).
+
+        `fields` names what the caller needs: of a local file only that is read.
+        """
+        path, about = self.path(fingerprint, key), {"fingerprint": fingerprint, "key": key}
         try:
-            blob = Path(path).read_bytes() if self.local else self.fs.cat_file(path)
+            if not self.local:
+                return decode(self.fs.cat_file(path), about, fields)
+            with open(path, "rb", buffering=0) as file:
+                number = file.fileno()
+                size = os.fstat(number).st_size
+                return read_signals(lambda start, end: os.pread(number, end - start, start), size, about, fields)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise StoreError(f"cannot read {path} in the signal store {self.url}: {error}") from error
-        try:
-            return decode(blob, {"fingerprint": fingerprint, "key": key})
         except SignalError as error:
             self.damaged += 1
             log.warning("signal store: %s is unusable and is computed again: %s", path, error)
@@ -72,13 +79,13 @@ class SignalStore:
 
     def _create_local(self, path: str, blob: bytes) -> bool:
         """Write beside, then link: the name appears with its whole content, and only for the first writer."""
-        final = Path(path)
-        if not final.parent.is_dir():
-            final.parent.mkdir(parents=True, exist_ok=True)
-        beside = final.parent / f".{final.name}.{uuid.uuid4().hex}"
+        folder, name = os.path.split(path)
+        beside = Path(folder, f".{name}.{uuid.uuid4().hex}")
+        if not os.path.isdir(folder):
+            os.makedirs(folder, exist_ok=True)
         try:
             beside.write_bytes(blob)
-            os.link(beside, final)
+            os.link(beside, path)
         except FileExistsError:
             return False
         finally:

@@ -21,7 +21,7 @@ from rayfuse.config import ByteKD
 from rayfuse.data import Sample
 from rayfuse.errors import RayfuseError
 from rayfuse.render import Rendered
-from rayfuse.signals import TopKSignals
+from rayfuse.signals import FIELDS, TopKSignals
 from rayfuse.vocabulary import Vocabularies
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def responses(unit: Unit, batch: FusionBatch) -> FusionBatch:
         replace(
             target,
             response_logps=np.array([item.token_logps.sum(dtype=np.float64) for item in answers], dtype=np.float32),
-            response_tokens=np.array([len(item) for item in answers], dtype=np.float32),
+            response_tokens=np.array([len(item.token_logps) for item in answers], dtype=np.float32),
         )
         for target, answers in zip(batch.targets, unit.signals, strict=True)
     ]
@@ -170,6 +170,20 @@ TARGETS: dict[str, Builder] = {
     "carried": carried,
 }
 """Kind of target by its name."""
+
+READS: dict[str, tuple[str, ...]] = {
+    "ranks": ("logps", "byte_ends"),
+    "tokens": ("logps", "ids", "byte_ends"),
+    "graphs": ("logps",),
+    "responses": ("token_logps",),
+}
+"""The fields of the signals that a kind is made of, and so all that is read from the store; not listed: everything."""
+
+
+def fields_read(kinds: Sequence[str]) -> tuple[str, ...]:
+    """The fields that these kinds need together, in the order of signals.FIELDS."""
+    asked = {field for kind in kinds for field in READS.get(kind, FIELDS)}
+    return tuple(field for field in FIELDS if field in asked)
 
 
 def bare_targets(spec: PrepareSpec) -> tuple[TeacherTarget, ...]:

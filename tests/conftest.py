@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from rayfuse.quickstart.models import STYLES, make_model, make_tokenizer, save
 from rayfuse.quickstart.tasks import make
+
+settings.register_profile("rayfuse", deadline=None)  # a busy machine must not fail a test
+settings.load_profile("rayfuse")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from rayfuse.errors import MissingSignalsError, TeacherError
 from rayfuse.models import fingerprint
 from rayfuse.prepare import Preparer, PrepareSpec
 from rayfuse.render import Renderer
+from rayfuse.signals import FIELDS
 from rayfuse.store import SignalStore
 from rayfuse.teachers.transformers import TransformersTeacher
 
@@ -199,3 +200,22 @@ def test_tokens_are_those_of_the_student_with_the_same_bytes(tiny, world):
         asked = batch.picks[target.rows, s * K : (s + 1) * K]
         labels = np.repeat(batch.labels[target.rows, None], K, axis=1)
         np.testing.assert_array_equal(asked, np.where(target.ids < 0, labels, target.ids))
+
+
+@pytest.mark.parametrize("kinds", [("ranks",), ("ranks", "graphs"), ("ranks", "tokens"), ("responses",)], ids="+".join)
+def test_a_part_of_the_signals_makes_the_same_batch(world, kinds):
+    """From a warm store only the fields that the targets are made of are read: each target comes out the same."""
+    spec, samples = world
+    spec = dataclasses.replace(spec, targets=kinds)
+    cold = Preparer(spec, Counting)(samples)
+    preparer = Preparer(spec, Counting)
+    asked = []
+    get = preparer.store.get
+    preparer.store.get = lambda *place: asked.append(place[2]) or get(*place)
+    warm = preparer(samples)
+    assert set(asked) == {preparer.fields}
+    assert preparer.fields != FIELDS
+    _same(cold, warm)
+    for mine, theirs in zip(cold.targets, warm.targets, strict=True):
+        for field in ("ids", "graph", "response_logps", "response_tokens"):
+            np.testing.assert_array_equal(getattr(mine, field), getattr(theirs, field))

@@ -1,16 +1,18 @@
 """TopKSignals: the contract at the boundary, packing, and the safetensors object."""
 
 import dataclasses
+import hashlib
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 
 from rayfuse.errors import SignalError
-from rayfuse.signals import FORMAT, TopKSignals, decode, encode, pack, unpack
+from rayfuse.signals import FIELDS, FORMAT, TopKSignals, decode, encode, pack, read_signals, unpack
 
 VOCABULARY = 1000
 ABOUT = {"fingerprint": "f" * 32, "key": "a" * 64}
@@ -120,21 +122,59 @@ def test_a_broken_contract_is_named(name):
 
 # --- packing ------------------------------
 
+lists = st.lists(answers, min_size=1, max_size=6).filter(lambda items: len({item.k for item in items}) == 1)
 
-@given(st.lists(answers, min_size=1, max_size=6).filter(lambda items: len({item.k for item in items}) == 1))
+
+@given(lists)
 def test_unpack_inverts_pack(items):
     packed = pack(items)
     assert packed["lengths"].tolist() == [len(item) for item in items]
-    assert len(packed) == 6
     for item, again in zip(items, unpack(packed), strict=True):
         equal(item, again)
+
+
+@given(lists)
+def test_packed_arrays_are_what_the_numbers_say(items):
+    """The naive twin: each value of the narrowed arrays computed alone, in Python's integers."""
+    packed = pack(items)
+    ids = [index for item in items for row in item.ids.tolist() for index in row]
+    assert packed["ids_low"].ravel().tolist() == [index % 65536 for index in ids]
+    assert packed["ids_high"].ravel().tolist() == [index // 65536 for index in ids]
+    widths = [b - a for item in items for a, b in pairwise([0, *item.byte_ends.tolist()])]
+    assert packed["widths"].tolist() == widths
+    assert packed["widths"].dtype == packed["ids_high"].dtype == np.uint8
+
+
+WIDE = {
+    "ids of 3 bytes": (
+        {"ids": np.array([[2**24 - 1, 65536, 65535], [0, 1, 2**16 + 1]] * 2, np.int32)},
+        (np.uint8, np.uint8),
+    ),
+    "ids of 4 bytes": ({"ids": np.array([[2**31 - 1, 2**24, 0]] * 4, np.int32)}, (np.uint16, np.uint8)),
+    "ids that are none": ({"ids": np.array([[-1, -(2**31), 70_000]] * 4, np.int32)}, (np.int16, np.uint8)),
+    "a token of 300 bytes": ({"byte_ends": np.array([300, 300, 301], np.int64)}, (np.uint8, np.uint16)),
+    "a token of 2^40 bytes": ({"byte_ends": np.array([1, 2**40, 2**62], np.int64)}, (np.uint8, np.uint64)),
+    "ends that fall": ({"byte_ends": np.array([5, 2, -(2**62)], np.int64)}, (np.uint8, np.int64)),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_what_does_not_fit_takes_a_wider_type_and_stays_exact(name):
+    values, (high, widths) = WIDE[name]
+    signals = changed(**values)
+    packed = pack([signals, make(rows=2)])
+    assert (packed["ids_high"].dtype, packed["widths"].dtype) == (high, widths)
+    equal(unpack(packed)[0], signals)
+    equal(unpack(packed)[1], make(rows=2))
+    if widths != np.uint64:
+        equal(decode(encode(signals, ABOUT), ABOUT), signals)
 
 
 def test_unpacked_signals_are_views():
     packed = pack([make(seed=1), make(rows=7, seed=2)])
     for item in unpack(packed):
         assert item.logps.base is packed["logps"]
-        assert item.byte_ends.base is packed["byte_ends"]
+        assert item.token_logps.base is packed["token_logps"]
 
 
 # --- the object ------------------------------
@@ -143,6 +183,82 @@ def test_unpacked_signals_are_views():
 @given(answers)
 def test_decode_inverts_encode(signals):
     equal(decode(encode(signals, ABOUT), ABOUT), signals)
+
+
+@given(answers)
+def test_the_object_is_what_the_safetensors_library_reads(signals):
+    """The library's own reader, and the fields put together from its arrays without our code."""
+    arrays = load(encode(signals, ABOUT))
+    for name in ("logps", "lse", "token_logps"):
+        assert arrays[name].dtype == getattr(signals, name).dtype
+        np.testing.assert_array_equal(arrays[name], getattr(signals, name))
+    np.testing.assert_array_equal(arrays["ids_low"] + 65536 * arrays["ids_high"].astype(int), signals.ids)
+    np.testing.assert_array_equal([sum(arrays["widths"][: i + 1].tolist()) for i in range(len(signals) - 1)],
+                                  signals.byte_ends)  # fmt: skip
+
+
+def written_by_the_library(arrays, **about):
+    """The object as the safetensors library writes it, each hash taken as the format says."""
+    kinds = {"float16": "F16", "float32": "F32", "uint8": "U8", "uint16": "U16", "int64": "I64", "int32": "I32"}
+    hashes = {
+        name: hashlib.sha256(f"{name}{list(a.shape)}{kinds[str(a.dtype)]}".encode() + a.tobytes()).hexdigest()[:32]
+        for name, a in arrays.items()
+    }
+    text = json.dumps({"fingerprint": ABOUT["fingerprint"], "key": ABOUT["key"]})
+    return save(arrays, metadata={"format": FORMAT, "about": text, "hashes": json.dumps(hashes), **about})
+
+
+@given(answers)
+def test_an_object_that_the_safetensors_library_wrote_is_read(signals):
+    narrow = {name: getattr(signals, name) for name in ("logps", "lse", "token_logps")}
+    narrow["ids_low"] = (signals.ids % 65536).astype(np.uint16)
+    narrow["ids_high"] = (signals.ids // 65536).astype(np.uint8)
+    narrow["widths"] = np.diff(signals.byte_ends, prepend=0).astype(np.uint8)
+    equal(decode(written_by_the_library(narrow), ABOUT), signals)
+
+
+PARTS = {
+    "ranks and where they stand": (("logps", "byte_ends"), 21),
+    "ranks only": (("logps",), 20),
+    "ranks with their tokens": (("logps", "ids"), 50),
+    "log-probabilities of the response": (("token_logps",), 4),
+    "everything": (FIELDS, 59),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_is_read_alone(name):
+    """The fields that were asked for, no other, and from no more bytes than they have beside the header."""
+    fields, bytes_a_row = PARTS[name]
+    signals = make(rows=1001, k=10)
+    blob, taken = encode(signals, ABOUT), []
+
+    def read(start, end):
+        taken.append(end - start)
+        return blob[start:end]
+
+    part = read_signals(read, len(blob), ABOUT, fields)
+    for field in FIELDS:
+        if field in fields:
+            np.testing.assert_array_equal(getattr(part, field), getattr(signals, field))
+            assert getattr(part, field).dtype == getattr(signals, field).dtype
+        else:
+            assert getattr(part, field) is None
+    assert sum(taken) <= 2048 + bytes_a_row * 1001
+
+
+@pytest.mark.parametrize("fields", [("logps", "byte_ends"), ("token_logps",), ("ids",)])
+def test_one_flipped_bit_of_a_part_is_found(fields):
+    blob = encode(make(rows=3, k=2), ABOUT)
+    for bit in range(8 * len(blob)):
+        damaged = bytearray(blob)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            part = decode(bytes(damaged), ABOUT, fields)
+        except SignalError:
+            continue
+        for field in fields:
+            np.testing.assert_array_equal(getattr(part, field), getattr(make(rows=3, k=2), field))
 
 
 def test_the_order_of_the_metadata_does_not_matter():
@@ -209,7 +325,7 @@ def test_headers_of_something_else_are_refused(header):
 def test_content_that_does_not_have_its_hash():
     blob = bytearray(encode(make(), ABOUT))
     blob[-1] ^= 1
-    with pytest.raises(SignalError, match="content does not have the hash that its header gives"):
+    with pytest.raises(SignalError, match=r"\w+ does not have the hash that its header gives"):
         decode(bytes(blob), ABOUT)
 
 
@@ -222,17 +338,18 @@ def test_another_teachers_or_samples_object():
 
 
 def test_another_format():
+    """Objects of the format before this one held the fields as they are."""
     arrays = {field.name: getattr(make(), field.name) for field in dataclasses.fields(TopKSignals)}
-    with pytest.raises(SignalError, match=r"not a rayfuse-signals-1 object .*'rayfuse-signals-0'"):
-        decode(save(arrays, metadata={"format": "rayfuse-signals-0"}), ABOUT)
-    with pytest.raises(SignalError, match=r"arrays \['ids', 'logps', 'lse', 'token_logps'\]"):
-        decode(save({k: v for k, v in arrays.items() if k != "byte_ends"}, metadata={"format": FORMAT}), ABOUT)
+    with pytest.raises(SignalError, match=r"not a rayfuse-signals-2 object .*'rayfuse-signals-1'"):
+        decode(save(arrays, metadata={"format": "rayfuse-signals-1"}), ABOUT)
+    with pytest.raises(SignalError, match=r"not a rayfuse-signals-2 object .*'byte_ends', 'ids', 'logps'"):
+        decode(written_by_the_library(arrays), ABOUT)
 
 
 def test_size_at_k_10():
-    """76 bytes a row at K = 10: 20 log-probabilities, 40 ids, 4 lse, 4 token, 8 byte end; and one header a sample."""
+    """59 bytes a row at K = 10: 20 log-probabilities, 30 ids, 4 lse, 4 token, 1 width; and one header a sample."""
     small, large = (len(encode(make(rows=rows, k=10), ABOUT)) for rows in (101, 1101))
-    assert (large - small) / 1000 == pytest.approx(76, abs=0.1)
-    assert small - 76 * 101 < 700
+    assert (large - small) / 1000 == pytest.approx(59, abs=0.1)
+    assert small - 59 * 101 < 1200
     packed = pack([make(rows=101, k=10), make(rows=51, k=10)])
-    assert sum(array.nbytes for array in packed.values()) == 76 * 152 - 8 * 2 + 8 * 2
+    assert sum(array.nbytes for array in packed.values()) == 59 * 152 - 2 + 8 * 2

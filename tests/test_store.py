@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import multiprocessing
+import os
 import uuid
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from rayfuse.errors import StoreError
 from rayfuse.signals import TopKSignals, encode
@@ -223,3 +225,34 @@ def test_slashes_at_the_end(url, root):
     assert store.root == root
     assert store.local == url.startswith("/")
     assert store.path("f", "key") == f"{root}/f/ke/key.safetensors"
+
+
+def test_a_part_of_an_object_is_read(store):
+    store.put(FINGERPRINT, KEY, make())
+    part = store.get(FINGERPRINT, KEY, ("token_logps", "byte_ends"))
+    np.testing.assert_array_equal(part.token_logps, make().token_logps)
+    np.testing.assert_array_equal(part.byte_ends, make().byte_ends)
+    assert (part.logps, part.ids, part.lse) == (None, None, None)
+
+
+def test_of_a_local_file_only_the_part_is_read(tmp_path, monkeypatch):
+    """4 bytes a row where a response's log-probability is wanted, 59 where everything is."""
+    store, rows, taken = SignalStore(str(tmp_path)), 1000, []
+    store.put(FINGERPRINT, KEY, make(rows=rows, k=10))
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda *place: taken.append(place[1]) or pread(*place))
+    store.get(FINGERPRINT, KEY, ("token_logps",))
+    assert sum(taken) <= 2048 + 4 * rows
+    taken.clear()
+    store.get(FINGERPRINT, KEY)
+    assert sum(taken) == Path(store.path(FINGERPRINT, KEY)).stat().st_size > 59 * rows
+
+
+def test_objects_of_the_format_before_are_replaced(store, caplog):
+    fields = {field.name: getattr(make(), field.name) for field in dataclasses.fields(TopKSignals)}
+    store.put(FINGERPRINT, KEY, make())
+    store.fs.pipe_file(store.path(FINGERPRINT, KEY), save(fields, metadata={"format": "rayfuse-signals-1"}))
+    assert store.get(FINGERPRINT, KEY) is None
+    assert "format 'rayfuse-signals-1'" in caplog.text
+    assert store.put(FINGERPRINT, KEY, make()) is True
+    assert equal(store.get(FINGERPRINT, KEY), make())

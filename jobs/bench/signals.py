@@ -4,7 +4,8 @@
 
 A row is one predicted position of one teacher ("token" in the lines below). The peers are the same rows as others ship
 them: per position a dict of token id -> log-probability and the actual token's log-probability, as one list per sample,
-through pickle and through JSON (16 samples of them only, they are slow). Everything runs on one thread.
+through pickle and through JSON (16 samples of them only, they are slow). Everything runs on one thread, and speeds are
+per second of processor time.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import pickle
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from typing import Any
 import numpy as np
 from measure import alternate, machine
 
-from rayfuse.signals import TopKSignals, decode, encode, pack, unpack
+from rayfuse.signals import FIELDS, TopKSignals, decode, encode, pack, unpack
+from rayfuse.stages import METHODS
 from rayfuse.store import SignalStore
+from rayfuse.targets import fields_read
 
 VOCABULARY = 151_936
 ABOUT = {"fingerprint": "0" * 32, "key": "0" * 64}
@@ -54,12 +58,13 @@ def as_dicts(signals: TopKSignals) -> list[dict[str, Any]]:
 
 
 def sizes(rows: int, k: int, generator: np.random.Generator) -> dict[str, float]:
-    """Print bytes per token on the wire and in the store; return those of each field."""
+    """Print bytes per token on the wire and in the store; return those of each field on the wire."""
     signals = random_signals(rows, k, generator)
     signals.validate(VOCABULARY)
-    fields = {name: getattr(signals, name).nbytes / rows for name in ("logps", "ids", "lse", "token_logps")}
-    fields["byte_ends"] = signals.byte_ends.itemsize
-    wire = sum(array.nbytes for array in pack([signals]).values()) / rows
+    packed = pack([signals])
+    fields = {name: packed[name].nbytes / rows for name in ("logps", "lse", "token_logps", "widths")}
+    fields["ids"] = (packed["ids_low"].nbytes + packed["ids_high"].nbytes) / rows
+    wire = sum(array.nbytes for array in packed.values()) / rows
     store = len(encode(signals, ABOUT)) / rows
     dicts = as_dicts(signals)
     pickled, text = len(pickle.dumps(dicts, protocol=5)) / rows, len(json.dumps(dicts).encode()) / rows
@@ -84,10 +89,10 @@ def speeds(rows: int, samples: int, k: int, runs: int, generator: np.random.Gene
         for index, item in enumerate(signals):
             assert store.put("f", f"{index % 256:02x}-{turn}-{index}", item)
 
-    def get() -> None:
+    def get(*fields: str) -> None:
         store = SignalStore(url)
         for index in range(samples):
-            assert store.get("f", f"{index % 256:02x}-0-{index}") is not None
+            assert store.get("f", f"{index % 256:02x}-0-{index}", fields or FIELDS) is not None
 
     def each(function: Callable[[Any], Any], items: Sequence[Any]) -> Callable[[], list[Any]]:
         return lambda: [function(item) for item in items]
@@ -100,13 +105,15 @@ def speeds(rows: int, samples: int, k: int, runs: int, generator: np.random.Gene
         "decode": each(lambda blob: decode(blob, ABOUT), blobs),
         "store put": put,
         "store get": get,
+        "store get, ranks": lambda: get("logps", "byte_ends"),
+        "store get, token_logps": lambda: get("token_logps"),
         "list of dicts, pickle": each(lambda item: pickle.dumps(as_dicts(item), protocol=5), some),
         "list of dicts, unpickle": each(pickle.loads, pickles),
         "list of dicts, to JSON": each(lambda item: json.dumps(as_dicts(item)), some),
         "list of dicts, from JSON": each(json.loads, texts),
     }
     done = {name: len(some) if name.startswith("list") else samples for name in cases}
-    results = alternate(cases, runs)
+    results = alternate(cases, runs, clock=time.process_time)
     speed = {name: done[name] * rows / (milliseconds / 1e3) for name, (milliseconds, _) in results.items()}
     peers = {"encode": ("pickle", "to JSON"), "decode": ("unpickle", "from JSON")}
     for name, (milliseconds, _) in results.items():
@@ -136,11 +143,10 @@ def main() -> None:
         for rows in args.rows:
             fields = sizes(rows, args.k, generator)
         print(f"bytes per token, k {args.k}: " + ", ".join(f"{name} {size:.0f}" for name, size in fields.items()))
-        print(
-            f"bytes per token that a stage reads: ranks {fields['logps']:.0f} (InfiFusion, InfiGFusion), response "
-            f"log-probabilities {fields['token_logps']:.0f} (InfiFPO); where positions are aligned, byte_ends "
-            f"{fields['byte_ends']:.0f} besides"
-        )
+        for method in ("infifusion", "infigfusion", "infifpo", "bytekd"):
+            asked = fields_read(METHODS[method].targets)
+            size = sum(fields["widths" if name == "byte_ends" else name] for name in asked)
+            print(f"bytes per token that {method} reads: {size:.0f} ({', '.join(asked)})")
         for rows in args.rows:
             speeds(rows, args.samples, args.k, args.runs, generator, folder)
     finally:

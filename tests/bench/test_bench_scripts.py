@@ -12,7 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = {
     "signals": (
         [],
-        [r"bytes per token, k 10: logps 20, ids 40", r"32 rows  encode .* x pickle .* x to JSON", "store get"],
+        [
+            r"bytes per token, k 10: .* widths 1, ids 30",
+            r"32 rows  encode .* x pickle .* x to JSON",
+            "store get",
+        ],
     ),
     "step": ([], [r"^sft .* 1\.000 x SFT", r"^infifusion .* x SFT", r"^infigfusion .* x SFT"]),
     "scale": ([], [r"^# The Phi-4 run on paper", r"^\| 8 \| cold \|", r"^\| K \| 1000 \|"]),
