@@ -72,8 +72,14 @@ def public_name(value: str) -> str:
 
 
 def public_config(config: Config) -> dict[str, Any]:
-    """The resolved configuration with `public_name` for every path, and without the cluster it happened to run on."""
+    """The resolved configuration with `public_name` for every path, and without the cluster it happened to run on.
+
+    Of a teacher's endpoint the model's name is left: where a company's servers and secrets are is nobody's business.
+    """
     tree = config.model_dump(mode="json", exclude={"cluster"})
+    for teacher in tree["teachers"]:
+        if teacher["endpoint"] is not None:
+            teacher["endpoint"] = {"model": teacher["endpoint"]["model"]}
     return {key: _public(key, value) for key, value in tree.items()}
 
 
@@ -86,7 +92,8 @@ def _public(key: str, value: Any) -> Any:
 
 
 def _front_matter(config: Config, teachers: bool) -> str:
-    models = [config.student.model, *(teacher.model for teacher in config.teachers if teachers)]
+    # What an endpoint serves is a name on that server, not a model that anyone could look up.
+    models = [config.student.model, *(t.model for t in config.teachers if teachers and t.endpoint is None)]
     tree = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

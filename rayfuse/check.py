@@ -12,16 +12,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from rayfuse.alignment import byte_ends
-from rayfuse.config import Config, Data, Model
+from rayfuse.config import Config, Data, Model, Teacher
 from rayfuse.data import DataCounts, Sample, read_pairs, read_samples
-from rayfuse.errors import DataError, ModelError, RayfuseError
+from rayfuse.errors import DataError, ModelError, RayfuseError, TeacherError
 from rayfuse.models import (
     WEIGHT_FILES,
     context_length,
+    fingerprint,
     is_causal_lm,
     load_model_config,
     load_tokenizer,
@@ -30,10 +32,15 @@ from rayfuse.models import (
 from rayfuse.render import Renderer
 from rayfuse.store import SignalStore
 
+if TYPE_CHECKING:
+    from rayfuse.units import Size
+
 FIRST_ROWS = 10_000
 """Rows of the data that a check reads."""
 FIRST_SAMPLES = 50
 """Samples of them that every model renders."""
+PATIENCE_S = 5.0
+"""How long a check asks a server that does not answer; a run waits for its `patience_s`."""
 PROBE = "The answer is 12345.\n\nNaïve 世界 🙂"
 
 
@@ -54,7 +61,7 @@ class Finding:
 
 def check_config(config: Config, console: Console) -> list[Finding]:
     """Run all checks, print what they find, and return the faults (empty: the run can start)."""
-    config = config.absolute()
+    config = _impatient(config.absolute())
     findings = list(chain.from_iterable(_guarded(config, *item) for item in CHECKS.items()))
     for finding in findings:
         mark = "[bold red]fault [/]" if finding.fault else "[yellow]remark[/]"
@@ -71,6 +78,15 @@ def _guarded(config: Config, name: str, check: Callable[[Config], Iterator[Findi
         yield from check(config)
     except RayfuseError as error:
         yield Finding(name, str(error))
+
+
+def _impatient(config: Config) -> Config:
+    """The same, but a server that does not answer is not waited for, as a run would."""
+    teachers = [
+        teacher.model_copy(update={"patience_s": min(teacher.patience_s, PATIENCE_S)}) if teacher.endpoint else teacher
+        for teacher in config.teachers
+    ]
+    return config.model_copy(update={"teachers": tuple(teachers)})
 
 
 def _models(config: Config) -> Iterator[tuple[str, Model]]:
@@ -142,6 +158,9 @@ def check_models(config: Config) -> Iterator[Finding]:
 
 
 def _check_model(where: str, model: Model, config: Config) -> Iterator[Finding]:
+    if isinstance(model, Teacher) and model.backend in WITHOUT_WEIGHTS:
+        yield from WITHOUT_WEIGHTS[model.backend](where, model, config)
+        return
     folder = Path(model.model)
     if folder.is_absolute() or model.model.startswith("."):
         if not folder.is_dir():
@@ -178,6 +197,73 @@ def _check_model(where: str, model: Model, config: Config) -> Iterator[Finding]:
     byte_ends(tokenizer, tokenizer.encode(PROBE, add_special_tokens=False))
 
 
+def _check_endpoint(where: str, teacher: Teacher, config: Config) -> Iterator[Finding]:
+    """The tokenizer is here, and the server passes the probe that every replica makes."""
+    from rayfuse.teachers.openai import OpenAITeacher
+
+    yield from _check_tokenizer(where, teacher)
+    OpenAITeacher(teacher, config.signals.k).close()
+
+
+def _check_stored(where: str, teacher: Teacher, config: Config) -> Iterator[Finding]:
+    """The first samples that the run will read have signals."""
+    from rayfuse.teachers.store import missing_text
+
+    if teacher.tokenizer is not None:
+        yield from _check_tokenizer(where, teacher)
+    elif any(stage.method == "bytekd" for stage in config.stages):
+        yield Finding(where, "bytekd reads the teacher's tokens: set `tokenizer` to the folder of its tokenizer")
+    store, name = SignalStore(config.store_url), fingerprint(teacher, config.signals.k)
+    with suppress(DataError):  # check_data says so
+        samples = _first_read(config)
+        missing = [sample for sample in samples if store.get(name, sample.key) is None]
+        if missing:
+            first = missing_text(teacher, name, store, missing[0])
+            yield Finding(where, f"{len(missing)} of the first {len(samples)} samples are missing: {first}")
+
+
+def _first_read(config: Config) -> list[Sample]:
+    """The first samples that the stages with teachers will read: those that every model can, and that are not long."""
+    from rayfuse.units import measure
+
+    kept: list[Sample] = []
+    for preferences in sorted({stage.uses_preferences for stage in config.stages if stage.uses_teachers}):
+        if preferences and config.preferences is not None:
+            data = config.preferences
+            groups: list[tuple[Sample, ...]] = list(read_pairs(data, first=FIRST_ROWS)[0][:FIRST_SAMPLES])
+        else:
+            data = config.data
+            groups = [(sample,) for sample in read_samples(data, first=FIRST_ROWS)[0][:FIRST_SAMPLES]]
+        sizes = iter(measure(config.student, config.teachers, [sample for group in groups for sample in group]))
+        for group in groups:
+            if all([_fits(next(sizes), data) for _ in group]):
+                kept += group
+    return kept
+
+
+def _fits(size: Size, data: Data) -> bool:
+    return not (
+        size.fault or size.response >= data.max_length or (size.total > data.max_length and data.too_long == "drop")
+    )
+
+
+def _check_tokenizer(where: str, teacher: Teacher) -> Iterator[Finding]:
+    try:
+        tokenizer = load_tokenizer(teacher)
+    except ModelError as error:
+        raise ModelError(f"{error}. Set `tokenizer` to a folder or hub id that has this teacher's tokenizer") from None
+    if Renderer(tokenizer).plain:
+        yield Finding(where, "has no chat template; prompts are rendered as plain text", fault=False)
+    byte_ends(tokenizer, tokenizer.encode(PROBE, add_special_tokens=False))
+
+
+WITHOUT_WEIGHTS: dict[str, Callable[[str, Teacher, Config], Iterator[Finding]]] = {
+    "openai": _check_endpoint,
+    "store": _check_stored,
+}
+"""Backends that load no model here, and how their teachers are checked."""
+
+
 def check_data(config: Config) -> Iterator[Finding]:
     """The rows can be read, and every model reads the first samples, as the run itself will."""
     samples, counts = read_samples(config.data, first=FIRST_ROWS)
@@ -203,7 +289,7 @@ def _check_samples(
         )
     try:
         sizes = measure(config.student, config.teachers, samples)
-    except ModelError:  # check_models says so
+    except (ModelError, TeacherError):  # check_models says so
         return
     faults = [f"{_short(sample)}: {size.fault}" for sample, size in zip(samples, sizes, strict=True) if size.fault]
     if faults:
@@ -214,7 +300,7 @@ def _check_samples(
         )
     limit = data.max_length
     sizes = [size for size in sizes if not size.fault]
-    long = [size for size in sizes if size.response >= limit or (size.total > limit and data.too_long == "drop")]
+    long = [size for size in sizes if not _fits(size, data)]
     if long:
         every = len(long) == len(sizes)
         advice = f"; raise it, or set {where}.too_long: cut" if every and data.too_long == "drop" else ""
@@ -239,7 +325,7 @@ def check_evaluation(config: Config) -> Iterator[Finding]:
 
     items = read_items(config.evaluate)
     first = items[:FIRST_SAMPLES]
-    with suppress(ModelError):  # check_models says so
+    with suppress(ModelError, TeacherError):  # check_models says so
         sizes = measure(config.student, config.teachers if config.evaluate.teachers else (), first)
         faults = [f"{_short(item)}: {size.fault}" for item, size in zip(first, sizes, strict=True) if size.fault]
         if faults:

@@ -18,7 +18,7 @@ import ray
 
 from rayfuse.config import Benchmark, Data, Teacher
 from rayfuse.data import Sample, read_samples
-from rayfuse.teachers.transformers import TransformersTeacher
+from rayfuse.teachers import BACKENDS, Backend
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
@@ -116,12 +116,12 @@ def evaluate(model: Teacher, role: str, items: Sequence[Sample], benchmark: Benc
     """Evaluate one model on all items.
 
     Args:
-        model: what to load; scoring needs what a teacher needs.
+        model: what to load or ask, through its own backend.
         role: "teacher", "pivot" or "stage".
         items: the held-out items.
         benchmark: how to generate and score.
     """
-    backend = TransformersTeacher(model, k=2)
+    backend = BACKENDS[model.backend](model, 2)
     bits, right = measure_items(backend, items, benchmark)
     size = np.array([len(item.response.encode()) for item in items], dtype=np.float64)
     accuracy: dict[str, Accuracy] = {}
@@ -132,9 +132,7 @@ def evaluate(model: Teacher, role: str, items: Sequence[Sample], benchmark: Benc
     return Evaluation(model.name, role, float(bits.sum() / size.sum()), _bootstrap(bits, size), accuracy)
 
 
-def measure_items(
-    backend: TransformersTeacher, items: Sequence[Sample], benchmark: Benchmark
-) -> tuple[np.ndarray, list[bool]]:
+def measure_items(backend: Backend, items: Sequence[Sample], benchmark: Benchmark) -> tuple[np.ndarray, list[bool]]:
     """Of each item: the bits of its response under the model, float64 [items], and whether the answer is right.
 
     Nothing is generated where the benchmark says so; the second is then empty.

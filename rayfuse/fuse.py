@@ -26,7 +26,7 @@ import ray
 from rich.console import Console
 
 from rayfuse import resources
-from rayfuse.card import write_card
+from rayfuse.card import public_name, write_card
 from rayfuse.check import check_evaluation, check_machine
 from rayfuse.config import Config, Data, InfiFusion, Model, Teacher, config_json
 from rayfuse.data import DataCounts
@@ -38,6 +38,7 @@ from rayfuse.pairwise import train_pairwise
 from rayfuse.prepare import PrepareSpec
 from rayfuse.report import write_report
 from rayfuse.stages import METHODS, ranks
+from rayfuse.store import SignalStore
 from rayfuse.student.group import train_group
 from rayfuse.student.worker import BLOCK, StageJob
 from rayfuse.teachers import deployment
@@ -66,6 +67,7 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
         sources = {preferences: load_source(config, preferences, console) for preferences in _needed(config)}
     with timed("identify teachers"):
         fingerprints = _fingerprints(config)
+        _describe(config, fingerprints)
     for index in range(len(config.stages)):
         name = config.stage_folder(index).name
         if (config.stage_folder(index) / "model").exists():
@@ -173,6 +175,15 @@ def _fingerprints(config: Config) -> dict[str, str]:
         return {teacher.name: print_ for teacher, print_ in zip(config.teachers, prints, strict=True)}
 
 
+def _describe(config: Config, fingerprints: Mapping[str, str]) -> None:
+    """Leave word in the store whose signals a fingerprint stands for, so that a `store` teacher can name them."""
+    store = SignalStore(config.store_url)
+    for teacher in config.teachers:
+        if teacher.name in fingerprints and teacher.stored is None:
+            about = {"name": teacher.name, "model": public_name(teacher.model), "backend": teacher.backend}
+            store.describe(fingerprints[teacher.name], {**about, "k": config.signals.k})
+
+
 def _stage_job(config: Config, index: int, fingerprints: dict[str, str], sources: Mapping[bool, Source]) -> StageJob:
     stage = config.stages[index]
     source = sources[stage.uses_preferences]
@@ -225,7 +236,7 @@ def evaluate_all(config: Config) -> list[dict[str, Any]]:
     benchmark = config.evaluate
     assert benchmark is not None
     items = read_items(benchmark)
-    models = [(teacher, "teacher") for teacher in config.teachers if benchmark.teachers]
+    models = [(teacher, "teacher") for teacher in config.teachers if benchmark.teachers and teacher.stored is None]
     models.append((as_teacher(config, "pivot"), "pivot"))
     methods = [stage.method for stage in config.stages]
     for index, method in enumerate(methods):

@@ -194,6 +194,20 @@ def context_length(config: Any) -> int | None:
     return int(length) if length else None
 
 
+def teacher_context(teacher: Teacher) -> int | None:
+    """Tokens of prompt and response that a teacher reads: by its configuration, or as its server says.
+
+    None where nobody tells. Stored signals have no limit of their own.
+    """
+    if teacher.backend == "store":
+        return None
+    if teacher.backend == "openai":
+        from rayfuse.teachers.probe import served
+
+        return served(teacher).context
+    return context_length(load_model_config(teacher))
+
+
 def vocabulary_size(tokenizer: Any) -> int:
     """One more than the largest id that the tokenizer can produce; the model's padded rows lie above."""
     return max(tokenizer.get_vocab().values()) + 1
@@ -205,19 +219,27 @@ def vocabulary_size(tokenizer: Any) -> int:
 def fingerprint(teacher: Teacher, k: int) -> str:
     """The name of everything that a teacher's answers depend on: 32 hex digits.
 
-    Weights (revision, or the hashes of the files), tokenizer, chat template, context length, K, dtype and backend.
+    Weights (revision, or the hashes of the files), tokenizer, chat template, context length, K, dtype and backend. For
+    an endpoint, whose weights nobody here sees: its address, the model's name, `revision` and what the server calls the
+    weights' origin; not the key, not the time, not the server's version or limits.
 
     Raises:
         ModelError: the model's files cannot be found.
+        TeacherError: an endpoint does not answer, or does not serve the model.
     """
+    if teacher.stored is not None:
+        if teacher.stored.fingerprint is not None:
+            return teacher.stored.fingerprint
+        writer = {"backend": teacher.stored.backend, "stored": None}
+        return fingerprint(teacher.model_copy(update=writer), k)
     tokenizer = load_tokenizer(teacher)
     parts = {
         "weights": _weights_identity(teacher),
         "tokenizer": _sha(tokenizer.backend_tokenizer.to_str().encode()),
         "template": _sha(json.dumps(tokenizer.chat_template, sort_keys=True).encode()),
-        "context": context_length(load_model_config(teacher)),
+        "context": teacher_context(teacher),
         "k": k,
-        "dtype": teacher.dtype,
+        "dtype": None if teacher.endpoint else teacher.dtype,
         "backend": teacher.backend,
         "ends": [tokenizer.bos_token_id, tokenizer.eos_token_id],
         "rendering": RENDERING,
@@ -225,7 +247,11 @@ def fingerprint(teacher: Teacher, k: int) -> str:
     return _sha(json.dumps(parts, sort_keys=True).encode())[:32]
 
 
-def _weights_identity(model: Model) -> str:
+def _weights_identity(model: Teacher) -> str:
+    if model.endpoint is not None:
+        from rayfuse.teachers.probe import served
+
+        return json.dumps([model.endpoint.url, model.endpoint.model, model.revision, served(model).root])
     folder = Path(model.model)
     if not folder.is_dir():
         return f"{model.model}@{_hub_commit(model)}"

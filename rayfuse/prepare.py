@@ -167,8 +167,14 @@ def _preparer(spec: PrepareSpec) -> Preparer:
     if not spec.teachers:
         return Preparer(spec, _no_teacher)
     from rayfuse.teachers.deployment import TeacherClient
+    from rayfuse.teachers.store import StoreTeacher
 
-    return Preparer(spec, TeacherClient)
+    def ask(teacher: Teacher, fingerprint: str) -> Scorer:
+        if teacher.backend == "store":
+            return StoreTeacher(teacher, fingerprint, spec.store)
+        return TeacherClient(teacher, fingerprint)
+
+    return Preparer(spec, ask)
 
 
 def _no_teacher(teacher: Teacher, fingerprint: str) -> Scorer:

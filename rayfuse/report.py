@@ -39,7 +39,7 @@ def write_report(output: Path) -> Path:
     models = results.get("models", [])
     name = output.resolve().name
     sections = [
-        _section("Result", _result_section(models)),
+        _section("Result", _result_section(models, config)),
         _section("Accuracy" if _generated(models) else "Bits per byte", _dots_section(models)),
         _section("Loss", _loss_section(stages)),
         _section("Where the tokens meet", _aligned_section(stages)),
@@ -104,7 +104,7 @@ def _generated(models: Sequence[Record]) -> bool:
     return any(model["accuracy"] for model in models)
 
 
-def _result_section(models: Sequence[Record]) -> str:
+def _result_section(models: Sequence[Record], config: Record) -> str:
     if not models:
         return ""
     names = columns(models)
@@ -124,6 +124,8 @@ def _result_section(models: Sequence[Record]) -> str:
     total = next((m["accuracy"][ALL]["total"] for m in models if ALL in m["accuracy"]), None)
     note = f"{total:,} held-out items; right answers in per cent. " if total else ""
     note += "Small: the 95% interval. ● best of pivot and stages, by the value alone. ↓ less is better."
+    absent = [teacher["name"] for teacher in config.get("teachers", []) if teacher.get("backend") == "store"]
+    note += f" Not evaluated, because only stored signals are here: {', '.join(absent)}." if absent else ""
     return (
         f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
         + _note(note)

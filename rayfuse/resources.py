@@ -82,7 +82,7 @@ def _local_cpus(config: Config) -> int:
 
 
 def _teacher_cpus(config: Config) -> float:
-    return sum(teacher.cpus * teacher.replicas.max for teacher in config.teachers)
+    return sum(teacher.cpus * teacher.replicas.max for teacher in config.teachers if teacher.stored is None)
 
 
 def _student_cpus(student: Student) -> float:

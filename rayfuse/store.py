@@ -8,11 +8,13 @@ restarts free. An object that cannot be read back is reported, counted and compu
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -21,6 +23,8 @@ from rayfuse.errors import SignalError, StoreError
 from rayfuse.signals import FIELDS, TopKSignals, decode, encode, read_signals
 
 log = logging.getLogger(__name__)
+ABOUT = "teacher.json"
+"""Beside the signals of a fingerprint: which teacher gave them."""
 
 
 class SignalStore:
@@ -102,6 +106,33 @@ class SignalStore:
         except FileExistsError:
             return False
         return True
+
+    def describe(self, fingerprint: str, about: Mapping[str, Any]) -> None:
+        """Write beside the signals of a fingerprint whose they are, for people; the first description stays."""
+        path = f"{self.root}/{fingerprint}/{ABOUT}"
+        try:
+            if not self.fs.exists(path):
+                self.fs.makedirs(self.fs._parent(path), exist_ok=True)
+                self.fs.pipe_file(path, (json.dumps(dict(about), indent=2) + "\n").encode())
+        except OSError as error:
+            raise StoreError(f"cannot write {path} in the signal store {self.url}: {error}") from error
+
+    def known(self) -> dict[str, dict[str, Any]]:
+        """The fingerprints that the store has signals of, and what `describe` said about them."""
+        try:
+            folders = [entry["name"] for entry in self.fs.ls(self.root, detail=True) if entry["type"] == "directory"]
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise StoreError(f"cannot list the signal store {self.url}: {error}") from error
+        known = {}
+        for folder in folders:
+            try:
+                about = json.loads(self.fs.cat_file(f"{folder}/{ABOUT}"))
+            except (OSError, ValueError):
+                about = {}
+            known[folder.rstrip("/").rsplit("/", 1)[-1]] = about if isinstance(about, dict) else {}
+        return known
 
     def check(self) -> None:
         """Write and read back a small object.

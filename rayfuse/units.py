@@ -14,10 +14,10 @@ from typing import NamedTuple
 import ray
 
 from rayfuse import resources
-from rayfuse.config import Config, Model
+from rayfuse.config import Config, Model, Teacher
 from rayfuse.data import DataCounts, Sample, read_pairs, read_samples
 from rayfuse.errors import AlignmentError, DataError
-from rayfuse.models import context_length, load_model_config, load_tokenizer
+from rayfuse.models import load_tokenizer, teacher_context
 from rayfuse.render import Renderer
 
 LENGTH_WINDOW = 4096
@@ -112,10 +112,17 @@ class Size(NamedTuple):
     fault: str = ""
 
 
-def measure(student: Model, teachers: Sequence[Model], samples: Sequence[Sample]) -> list[Size]:
-    """The size of each sample under the student, and whether every teacher can read it."""
+def measure(student: Model, teachers: Sequence[Teacher], samples: Sequence[Sample]) -> list[Size]:
+    """The size of each sample under the student, and whether every teacher can read it.
+
+    A teacher whose signals are stored has read what it has read: without a tokenizer of its own it is not asked.
+    """
     renderer = Renderer(load_tokenizer(student))
-    readers = [(Renderer(load_tokenizer(teacher)), context_length(load_model_config(teacher))) for teacher in teachers]
+    readers = [
+        (Renderer(load_tokenizer(teacher)), teacher_context(teacher))
+        for teacher in teachers
+        if teacher.stored is None or teacher.tokenizer is not None
+    ]
     return [_size(renderer, readers, sample) for sample in samples]
 
 

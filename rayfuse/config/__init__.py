@@ -16,6 +16,7 @@ The shortest run:
 from __future__ import annotations
 
 from rayfuse.config.data import Benchmark, Data, Signals
+from rayfuse.config.endpoint import Endpoint, Stored
 from rayfuse.config.loading import apply_override, config_json, load_config, parse_config
 from rayfuse.config.models import Model, Student
 from rayfuse.config.run import Cluster, Config
@@ -47,6 +48,7 @@ __all__ = [
     "Data",
     "Distillation",
     "Dtype",
+    "Endpoint",
     "InfiFPO",
     "InfiFusion",
     "InfiGFusion",
@@ -58,6 +60,7 @@ __all__ = [
     "Section",
     "Signals",
     "Stage",
+    "Stored",
     "Student",
     "Teacher",
     "Trust",

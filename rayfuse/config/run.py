@@ -113,6 +113,10 @@ class Config(Section):
             paths = {"model": _absolute(section.model), "tokenizer": section.tokenizer and _absolute(section.tokenizer)}
             if section.trust_remote_code is not None:
                 paths["trust_remote_code"] = paths["model"]
+            if getattr(section, "endpoint", None) is not None:
+                files = {key: getattr(section.endpoint, key) for key in ("api_key_file", "ca_file")}
+                absolute = {key: _absolute(path, True) for key, path in files.items() if path}
+                paths["endpoint"] = section.endpoint.model_copy(update=absolute)
             return section.model_copy(update=paths)
 
         def file(section: Any) -> Any:

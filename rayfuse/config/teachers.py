@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from rayfuse.config.endpoint import Endpoint, Stored
 from rayfuse.config.models import Model
-from rayfuse.config.section import Section
+from rayfuse.config.section import Section, named
 
 
 class Replicas(Section):
@@ -28,10 +29,45 @@ class Teacher(Model):
     """A model that answers "what would you say next?"."""
 
     name: str = Field("", description="short name in metrics and reports; default: the last part of `model`")
-    backend: Literal["transformers"] = Field("transformers", description="engine that runs the teacher")
+    backend: Literal["transformers", "openai", "store"] = Field(
+        "transformers",
+        description="what answers: an engine here, a server elsewhere (openai), or what was answered before (store)",
+    )
     weight: float = Field(1.0, gt=0, description="w_s of the loss: how much this teacher counts")
     replicas: Replicas = Replicas()
     cpus: float = Field(1.0, gt=0, description="CPU cores per replica")
     gpus: float = Field(0.0, ge=0, le=1, description="GPU per replica, or a share of one; 0: on the CPU")
     batch_tokens: int = Field(16384, ge=64, description="tokens of one forward pass; lower it at out-of-memory")
     patience_s: float = Field(600.0, gt=0, description="seconds to retry a teacher that does not answer")
+    endpoint: Annotated[Endpoint | None, BeforeValidator(lambda value: named(value, "url"))] = Field(
+        None, description="backend openai: the server; `model` is then a name, and `tokenizer` where its tokenizer is"
+    )
+    stored: Annotated[Stored | None, BeforeValidator(lambda value: named(value, "fingerprint"))] = Field(
+        None, description="backend store: which signals"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_of_the_backend(cls, value: Any) -> Any:
+        """Fill in the name that the server is asked for (before paths are made absolute), and the store's section."""
+        if not isinstance(value, dict):
+            return value
+        endpoint = named(value.get("endpoint"), "url")
+        if isinstance(endpoint, dict) and not endpoint.get("model"):
+            value = {**value, "endpoint": {**endpoint, "model": value.get("model", "")}}
+        if value.get("backend") == "store" and value.get("stored") is None:
+            value = {**value, "stored": {}}
+        return value
+
+    @model_validator(mode="after")
+    def _fits_the_backend(self) -> Teacher:
+        if (self.backend == "openai") != (self.endpoint is not None):
+            raise ValueError(
+                f"backend {self.backend} and `endpoint` do not go together: a server needs `backend: openai` and "
+                "`endpoint: {url: https://...}`"
+            )
+        if (self.backend == "store") != (self.stored is not None):
+            raise ValueError(f"backend {self.backend} has no `stored` section; it belongs to `backend: store`")
+        if self.backend in ("openai", "store") and self.gpus:
+            raise ValueError(f"backend {self.backend} runs no model here: gpus must be 0, but is {self.gpus:g}")
+        return self

@@ -47,5 +47,11 @@ def _transformers(teacher: Teacher, k: int) -> Backend:
     return TransformersTeacher(teacher, k)
 
 
-BACKENDS: dict[str, Callable[[Teacher, int], Backend]] = {"transformers": _transformers}
-"""Backend by its name in the configuration; each is imported when it is used."""
+def _openai(teacher: Teacher, k: int) -> Backend:
+    from rayfuse.teachers.openai import OpenAITeacher
+
+    return OpenAITeacher(teacher, k)
+
+
+BACKENDS: dict[str, Callable[[Teacher, int], Backend]] = {"transformers": _transformers, "openai": _openai}
+"""Backend by its name in the configuration; each is imported when it is used. `store` has none: nothing answers."""

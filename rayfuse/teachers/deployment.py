@@ -39,7 +39,8 @@ class TeacherReplica:
     def __init__(self, teacher: Teacher, k: int) -> None:
         self.name = teacher.name
         self.broken = ""
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
+        # A server elsewhere is waited for, not computed with: then several units are in flight at once.
+        self.thread = ThreadPoolExecutor(4 if teacher.backend == "openai" else 1, thread_name_prefix="teacher")
         # Everything touches torch in the same thread: its number of threads is set per thread pool.
         self.backend = self.thread.submit(BACKENDS[teacher.backend], teacher, k).result()
 
@@ -82,7 +83,13 @@ def application_name(teacher: Teacher, fingerprint: str) -> str:
 
 
 def deploy(teachers: Sequence[tuple[Teacher, str]], k: int) -> None:
-    """Make sure that each (teacher, fingerprint) has its Serve application; existing ones are left as they are."""
+    """Make sure that each (teacher, fingerprint) has its Serve application; existing ones are left as they are.
+
+    Teachers that are only their stored signals need none, and no Serve where there are no others.
+    """
+    teachers = [(teacher, fingerprint) for teacher, fingerprint in teachers if teacher.stored is None]
+    if not teachers:
+        return
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
     running = serve.status().applications
