@@ -18,8 +18,8 @@ class TeacherTarget:
         logps: [P, k] float16, sorted descending: the teacher's top log-probabilities there.
         response_logps: [B] float32 or None: the log-probability of each whole response, end-of-turn counted.
         response_tokens: [B] float32 or None: its number of tokens under this model's tokenizer, end-of-turn counted.
-        graph: [B, k] float32 or None: sorted node features of the teacher's logit graph of each sample, over all rows
-            of the teacher (InfiGFusion needs no alignment).
+        graph: float32 or None: of the teacher's logit graph of each sample, over all rows of the teacher (InfiGFusion
+            needs no alignment), the sorted node features [B, k] or, in exact mode, the graph itself [B, k, k].
         ids: [P, k] int64 or None: the student's tokens that write the same bytes as those of `logps`, -1 where the
             student has none.
     """

@@ -137,9 +137,10 @@ def _infifusion_text(stage: InfiFusion, config: Config) -> str:
 
 
 def _infigfusion_text(stage: InfiGFusion, config: Config) -> str:
+    distance = "closed-form" if stage.mode == "closed" else "exact Gromov-Wasserstein"
     return (
         f"`infigfusion` (InfiGFusion, [arXiv 2505.13893](https://arxiv.org/abs/2505.13893)): "
-        f"{_distillation_text(stage, config)}, plus {stage.alpha:g} x the closed-form distance between the graphs on "
+        f"{_distillation_text(stage, config)}, plus {stage.alpha:g} x the {distance} distance between the graphs on "
         "their logits."
     )
 

@@ -109,6 +109,12 @@ def prepare_task() -> dict[str, Any]:
     return {"num_cpus": PREPARE_CPUS, "max_retries": 10}
 
 
+def coupling_task() -> dict[str, Any]:
+    """Options of a task that solves a few graph couplings: milliseconds on a CPU while a student waits, so it must not
+    queue behind a teacher's CPUs; deterministic, so a lost one is done again."""
+    return {"num_cpus": PREPARE_CPUS, "max_retries": 10}
+
+
 def measure_task() -> dict[str, Any]:
     """Options of a task that tokenizes a part of the data set."""
     return {"num_cpus": 1, "max_retries": 10}

@@ -25,6 +25,8 @@ from rayfuse.signals import FIELDS, TopKSignals
 from rayfuse.vocabulary import Vocabularies
 
 if TYPE_CHECKING:
+    import torch
+
     from rayfuse.prepare import PrepareSpec
 
 
@@ -101,9 +103,11 @@ def tokens(unit: Unit, batch: FusionBatch) -> FusionBatch:
 
 
 def graphs(unit: Unit, batch: FusionBatch) -> FusionBatch:
-    """`graph` of each teacher: the features of its logit graphs, over all of its rows (InfiGFusion)."""
+    """`graph` of each teacher, over all of its rows: its logit graphs, or what the closed form needs of them
+    (InfiGFusion)."""
+    make = graph_matrices if getattr(unit.spec.stage, "mode", "closed") == "exact" else graph_features
     targets = [
-        replace(target, graph=graph_features([answer.logps[:, : unit.spec.k] for answer in answers]))
+        replace(target, graph=make([answer.logps[:, : unit.spec.k] for answer in answers]))
         for target, answers in zip(batch.targets, unit.signals, strict=True)
     ]
     return replace(batch, targets=tuple(targets))
@@ -115,12 +119,26 @@ def graph_features(logps: Sequence[np.ndarray]) -> np.ndarray:
     Args:
         logps: per sample [L, k] top log-probabilities, over all of the teacher's rows.
     """
+    from rayfuse.losses import gld_features
+
+    return gld_features(*_gauged(logps), len(logps)).numpy()
+
+
+def graph_matrices(logps: Sequence[np.ndarray]) -> np.ndarray:
+    """The graphs themselves [B, k, k] float32, for the exact distance; argument as graph_features."""
+    from rayfuse.losses import gld_graphs
+
+    return gld_graphs(*_gauged(logps), len(logps)).numpy()
+
+
+def _gauged(logps: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All samples' values end to end [N, k] in the gauge of the graphs, and the sample of each row [N]."""
     import torch
 
-    from rayfuse.losses import gauge, gld_features
+    from rayfuse.losses import gauge
 
     sample_N = torch.repeat_interleave(torch.tensor([len(rows) for rows in logps]))
-    return gld_features(gauge(torch.from_numpy(np.concatenate(logps))), sample_N, len(logps)).numpy()
+    return gauge(torch.from_numpy(np.concatenate(logps))), sample_N
 
 
 def responses(unit: Unit, batch: FusionBatch) -> FusionBatch:

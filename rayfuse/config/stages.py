@@ -85,9 +85,13 @@ class InfiFusion(Distillation):
 
 
 class InfiGFusion(Distillation):
-    """InfiGFusion (arXiv 2505.13893): InfiFusion plus the closed-form distance between graphs on the logits."""
+    """InfiGFusion (arXiv 2505.13893): InfiFusion plus a distance between graphs on the logits, in closed form."""
 
     method: Literal["infigfusion"] = "infigfusion"
+    mode: Literal["closed", "exact"] = Field(
+        "closed",
+        description="graph distance: the sorted closed form, or Gromov-Wasserstein solved by POT (for small k)",
+    )
     alpha: float = Field(1.0, ge=0, description="weight of the graph distance beside the rank distance")
 
 

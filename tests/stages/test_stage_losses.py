@@ -1,6 +1,7 @@
 """The stages' losses against formulas written out over full logits."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ from torch.nn import functional as F
 
 from rayfuse.batch import Counts, FusionBatch, TeacherTarget
 from rayfuse.config import SFT, InfiFusion, InfiGFusion
-from rayfuse.losses import fused_head
+from rayfuse.losses import fused_head, gw_couplings
 from rayfuse.stages.infifusion import infifusion_loss
 from rayfuse.stages.infigfusion import infigfusion_loss
 from rayfuse.stages.sft import sft_loss
-from rayfuse.targets import graph_features
+from rayfuse.targets import graph_features, graph_matrices
 
 N, H, V, K = 23, 16, 50, 6
 
@@ -120,9 +121,13 @@ def _graph_case(seed=3):
 
 def _naive_graph(values):
     """Sorted row means of the cosine graph of log-softmax values [L, K], with the graph written out."""
+    return _cosines(values).mean(1).sort().values
+
+
+def _cosines(values):
     Z = values.log_softmax(-1)
     Z = Z / Z.norm(dim=0, keepdim=True)
-    return (Z.T @ Z).mean(1).sort().values
+    return Z.T @ Z
 
 
 def test_infigfusion_equals_its_formula_in_value_and_gradient():
@@ -143,6 +148,40 @@ def test_infigfusion_equals_its_formula_in_value_and_gradient():
     for mine, theirs in zip(grads, torch.autograd.grad(naive, (hidden, weight)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
     assert 0 < float(parts["gradient_ratio"]) < 10
+
+
+def test_exact_infigfusion_is_the_minimum_over_all_couplings(monkeypatch):
+    """K! permutations written out: the graphs are Gram matrices, so one of them is the minimum (see losses/gw.py)."""
+    hidden, weight, labels, batch, teachers = _graph_case(10)
+    matrices = [graph_matrices([rows.numpy() for rows in of_teacher]) for of_teacher in teachers]
+    exact = [dataclasses.replace(target, graph=graph) for target, graph in zip(batch.targets, matrices, strict=True)]
+    batch = dataclasses.replace(batch, targets=tuple(exact))
+    sent = []
+
+    def begin_couplings(student, graphs):
+        sent.append(student.detach().double().numpy())
+        return lambda: [torch.from_numpy(gw_couplings(sent[0], graph)) for graph in graphs]
+
+    monkeypatch.setattr("rayfuse.stages.infigfusion.begin_couplings", begin_couplings)
+    stage = InfiGFusion(lam=0.4, alpha=30.0, mode="exact")
+    loss, parts = infigfusion_loss(stage, fused_head(hidden, weight, labels, K), batch, batch.counts)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    naive = _naive(hidden, weight, labels, batch, InfiFusion(lam=stage.lam))
+    top = (hidden @ weight.T).topk(K).values
+    for s, (target, of_teacher) in enumerate(zip(batch.targets, teachers, strict=True)):
+        distances = []
+        for b in (0, 1):
+            C, D = (_cosines(rows) for rows in (top[torch.from_numpy(batch.sample) == b], of_teacher[b]))
+            orders = [list(order) for order in itertools.permutations(range(K))]
+            distances.append(torch.stack([(C - D[order][:, order]).square().mean() for order in orders]).min())
+        expected = torch.stack(distances).mean()
+        torch.testing.assert_close(parts[f"loss_gld/t{s}"], expected.detach(), rtol=1e-4, atol=1e-6)
+        naive = naive + stage.lam * stage.alpha * target.weight * expected
+    torch.testing.assert_close(loss, naive, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(grads, torch.autograd.grad(naive, (hidden, weight)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    assert len(sent) == 1
+    assert parts["coupling_wait"] >= 0
 
 
 def test_infigfusion_without_graphs_is_infifusion():
