@@ -1,10 +1,13 @@
 """What ULD costs: rayfuse on the fused head's top-K, against TRL 1.16's ULDLoss on full logits.
 
-    python jobs/bench/losses.py [--positions 128 256] [--hidden 512] [--runs 3]
+    python jobs/bench/losses.py [--positions 128 512 4096] [--student 100352 151936] [--hidden 512] [--runs 3]
+        [--trl-up-to 512] [--device cpu] [--dtype float32]
 
 Every case starts at the student's last hidden states, holds cross-entropy plus distillation, and ends with the
 gradients of hidden states and head weight. The teacher's answer is ready in each: [N, V] logits for TRL, top-K for
-rayfuse. "extra" is what distillation adds to the cross-entropy of the same kind of head.
+rayfuse. "extra" is what distillation adds to the cross-entropy of the same kind of head. The teacher has the other one
+of the two vocabularies (Phi-4's 100,352 and Qwen's 151,936). TRL's own time per position grows with the length, and it
+holds several [N, V] tensors: beyond --trl-up-to positions it is left out, and so are the full logits.
 """
 
 import argparse
@@ -23,18 +26,16 @@ from rayfuse.alignment import align
 from rayfuse.losses import fused_head, uld_loss
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-STUDENT_VOCAB, TEACHER_VOCAB, SHARED, K = 100_352, 151_936, 0.7, 10
+VOCABULARIES, SHARED, K = (100_352, 151_936), 0.7, 10
 
 
-def trl_loss(extended: bool, hybrid: bool) -> Any:
+def trl_loss(student: int, teacher: int, extended: bool, hybrid: bool) -> Any:
     """TRL's ULDLoss with distillation only; SHARED of the student's token strings are the teacher's too."""
     from trl.experimental.gold.gold_trainer import ULDLoss
 
     vocabularies = [
-        SimpleNamespace(
-            get_vocab=lambda: {f"t{i}" if i < SHARED * STUDENT_VOCAB else f"s{i}": i for i in range(STUDENT_VOCAB)}
-        ),
-        SimpleNamespace(get_vocab=lambda: {f"t{i}": i for i in range(TEACHER_VOCAB)}),
+        SimpleNamespace(get_vocab=lambda: {f"t{i}" if i < SHARED * student else f"s{i}": i for i in range(student)}),
+        SimpleNamespace(get_vocab=lambda: {f"t{i}": i for i in range(teacher)}),
     ]
     config = SimpleNamespace(
         uld_crossentropy_weight=0.0,
@@ -59,14 +60,19 @@ def token_ends(positions: int, generator: np.random.Generator) -> np.ndarray:
     return np.append(np.sort(inner), 4 * positions)
 
 
-def compare(positions: int, hidden_size: int, runs: int) -> None:
+def compare(positions: int, student: int, hidden_size: int, runs: int, peers: bool, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    hidden = torch.randn(positions, hidden_size).requires_grad_()
-    weight = (torch.randn(STUDENT_VOCAB, hidden_size) * 3 / hidden_size**0.5).requires_grad_()
-    labels = torch.randint(STUDENT_VOCAB, (positions,))
-    teacher_logits = torch.randn(positions, TEACHER_VOCAB) * 3
-    teacher_topk = teacher_logits.topk(K).values
-    teacher_ids = torch.randint(TEACHER_VOCAB, (1, positions))
+    (teacher,) = set(VOCABULARIES) - {student}
+    device = str(options["device"])
+    hidden = torch.randn(positions, hidden_size, **options).requires_grad_()
+    weight = (torch.randn(student, hidden_size, **options) * 3 / hidden_size**0.5).requires_grad_()
+    labels = torch.randint(student, (positions,), device=device)
+    if peers:
+        teacher_logits = torch.randn(positions, teacher, **options) * 3
+        teacher_topk = teacher_logits.topk(K).values
+    else:
+        teacher_topk = torch.randn(positions, K, **options).sort(-1, descending=True).values * 3
+    teacher_ids = torch.randint(teacher, (1, positions), device=device)
     generator = np.random.default_rng(0)
     ends = [token_ends(positions, generator) for _ in range(2)]
     student_offsets, teacher_offsets = (
@@ -90,39 +96,51 @@ def compare(positions: int, hidden_size: int, runs: int) -> None:
         loss = out.loss_ce
         if distil and aligned:
             pairs = align(*ends)  # the last pair predicts the end of turn, which TRL is not given either
-            loss = loss + uld_loss(out.topk[pairs.student[:-1]], teacher_topk[pairs.teacher[:-1]])
+            rows = [torch.from_numpy(side[:-1]).to(device) for side in (pairs.student, pairs.teacher)]
+            loss = loss + uld_loss(out.topk[rows[0]], teacher_topk[rows[1]])
         elif distil:
             loss = loss + uld_loss(out.topk, teacher_topk)
         step(loss)
 
-    cases: dict[str, Callable[[], Any]] = {
-        "full logits, cross-entropy only": full_logits,
-        "TRL ULD by position": partial(full_logits, trl_loss(False, False)),
-        "TRL ULD extended (aligned)": partial(full_logits, trl_loss(True, False)),
-        "TRL ULD extended, hybrid": partial(full_logits, trl_loss(True, True)),
-        "fused head, cross-entropy only": lambda: fused(False),
-        "rayfuse ULD by position": lambda: fused(True, False),
-        "rayfuse ULD aligned": lambda: fused(True),
-    }
-    results = alternate(cases, runs)
+    cases: dict[str, Callable[[], Any]] = {}
+    if peers:
+        cases["full logits, cross-entropy only"] = full_logits
+        for name, how in (("by position", (False, False)), ("extended (aligned)", (True, False))):
+            cases[f"TRL ULD {name}"] = partial(full_logits, trl_loss(student, teacher, *how))
+        cases["TRL ULD extended, hybrid"] = partial(full_logits, trl_loss(student, teacher, True, True))
+    cases["fused head, cross-entropy only"] = lambda: fused(False)
+    cases["rayfuse ULD by position"] = lambda: fused(True, False)
+    cases["rayfuse ULD aligned"] = lambda: fused(True)
+    results = alternate(cases, runs, device)
     ours = results["rayfuse ULD aligned"][0]
-    print(f"N {positions}: ms per step, extra ms per position, extra MiB, time over rayfuse aligned")
+    print(f"N {positions}, student {student:,}, teacher {teacher:,}: ms a step, extra ms a position, extra MiB, x ours")
     for name, (milliseconds, memory) in results.items():
-        alone = results[("fused head" if "rayfuse" in name else "full logits") + ", cross-entropy only"][0]
-        extra = "" if "only" in name else f"{(milliseconds - alone) / positions:8.3f}"
+        extra = ""
+        if "only" not in name:
+            head = "fused head" if "rayfuse" in name else "full logits"
+            extra = f"{(milliseconds - results[f'{head}, cross-entropy only'][0]) / positions:8.3f}"
         print(f"  {name:<34} {milliseconds:9.1f} ms {extra:>9}  {memory:8.0f} MiB  {milliseconds / ours:6.2f} x")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--positions", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--positions", type=int, nargs="+", default=[128, 512, 4096])
+    parser.add_argument("--student", type=int, nargs="+", default=list(VOCABULARIES), choices=VOCABULARIES)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--trl-up-to", type=int, default=512, help="positions up to which TRL is measured too")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quick", action="store_true", help="numbers without meaning")
     args = parser.parse_args()
+    if args.quick:
+        args.positions, args.student, args.hidden, args.runs, args.trl_up_to = [8, 16], [100_352], 16, 1, 8
+    options = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     print(machine())
-    print(f"student vocabulary {STUDENT_VOCAB}, teacher {TEACHER_VOCAB}, k {K}, hidden {args.hidden}, float32")
-    for positions in args.positions:
-        compare(positions, args.hidden, args.runs)
+    print(f"k {K}, hidden {args.hidden}, {args.dtype}")
+    for student in args.student:
+        for positions in args.positions:
+            compare(positions, student, args.hidden, args.runs, positions <= args.trl_up_to, options)
 
 
 if __name__ == "__main__":

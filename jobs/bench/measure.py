@@ -1,8 +1,10 @@
-"""What the benchmarks share: the machine in one line, medians of alternated runs, peak extra memory.
+"""What the benchmarks share: the machine in one line, medians of alternated runs, peak extra memory, and what a process
+and all that it started use.
 
 python jobs/bench/measure.py        prints the machine
 """
 
+import contextlib
 import gc
 import os
 import platform
@@ -72,6 +74,43 @@ def _peak(device: str) -> int:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+# --- a process and all that it started ------------------------------
+
+
+def descendants(root: int) -> list[int]:
+    """A process and everything it started, by process id."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(folder.name))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def processor_seconds(family: list[int]) -> dict[int, float]:
+    """Processor seconds of each process up to now, user's and system's; those that ended are left out."""
+    seconds = {}
+    for pid in family:
+        with contextlib.suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            seconds[pid] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def resident_bytes(family: list[int]) -> int:
+    """Proportional resident bytes (PSS) of some processes: shared pages count once."""
+    total = 0
+    for pid in family:
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total
 
 
 if __name__ == "__main__":

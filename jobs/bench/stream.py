@@ -16,7 +16,6 @@ The stub is an ordinary backend: `StubReplica` registers it in the replica's own
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import shutil
@@ -33,8 +32,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from endtoend import descendants
-from measure import machine
+from measure import descendants, machine, processor_seconds
 from ray import serve
 from signals import random_signals
 
@@ -184,12 +182,7 @@ def stream(spec: PrepareSpec, units: list[list[Sample]], prefetch: int, filling:
 
 def _processor_seconds() -> float:
     """Of this process and all of Ray's processes that it started, up to now."""
-    ticks = 0
-    for pid in descendants(os.getpid()):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return sum(processor_seconds(descendants(os.getpid())).values())
 
 
 def _cores(processor_seconds: float) -> float:
@@ -285,7 +278,7 @@ def scaling(folder: Path, replicas: Sequence[int], seconds: float, per_replica: 
     for count in replicas:
         teacher, name = stub(f"slow-{count}", folder / "student", rows, seconds, count)
         deploy([(teacher, name)])
-        _wait_for_replicas(deployment.application_name(teacher, name), count)
+        wait_for_replicas(deployment.application_name(teacher, name), count)
         spec = PrepareSpec(teacher, ((teacher, name),), str(folder / f"store-{name}"), K, "bytes", 1 << 20)
         filling = per_replica * count
         rates = []
@@ -302,7 +295,7 @@ def scaling(folder: Path, replicas: Sequence[int], seconds: float, per_replica: 
         deployment.delete([(teacher, name)])
 
 
-def _wait_for_replicas(application: str, count: int) -> None:
+def wait_for_replicas(application: str, count: int) -> None:
     while True:
         parts = serve.status().applications[application].deployments.values()
         if all(part.replica_states.get("RUNNING", 0) >= count for part in parts):

@@ -24,7 +24,10 @@ SCRIPTS = {
         [],
         [r"^padding, chat", r"^3 teachers  raw actors .* 1\.00 x", r"^3 teachers .* cold store", r"^2 replicas"],
     ),
-    "endtoend": (["--folder"], [r"^trl .* bits/byte", r"^rayfuse .* bits/byte", r"^TRL over rayfuse: total"]),
+    "endtoend": (
+        ["--folder"],
+        [r"^trl .* bits/byte", r"^rayfuse .* bits/byte", r"^rayfuse .* TRL over rayfuse: total"],
+    ),
 }
 
 
