@@ -14,16 +14,24 @@ import yaml
 
 from rayfuse.config import (
     DPO,
+    KL,
     SFT,
+    ULD,
     ByteKD,
     Config,
     Distillation,
+    FuseChat,
+    FuseLLM,
     InfiFPO,
     InfiFusion,
     InfiGFusion,
+    MiniLogit,
     Preference,
+    RankDistillation,
     Stage,
+    TeacherStage,
     Trust,
+    ULDHybrid,
 )
 from rayfuse.results import ALL, BITS, best, caveat, columns, headline, label, score
 
@@ -121,6 +129,8 @@ def _stage(stage: Stage, config: Config) -> str:
     amount = f"{stage.steps:,} steps" if stage.steps else _epochs(stage.epochs or 1)
     start = ", from the untouched pivot" if stage.start_from == "pivot" else ""
     method = STAGE_TEXTS[type(stage)](stage, config)
+    if isinstance(stage, TeacherStage) and stage.merge is not None:
+        method += f" Pairwise: a student per teacher, merged by {stage.merge.method}."
     return f"{method} {amount} of {stage.batch_size} samples, learning rate {stage.learning_rate:g}{start}."
 
 
@@ -129,7 +139,7 @@ def _epochs(number: float) -> str:
 
 
 def _infifusion_text(stage: InfiFusion, config: Config) -> str:
-    form = f"pairwise, merged by {stage.merge.method}" if stage.merge else "unified"
+    form = "pairwise" if stage.merge else "unified"
     return (
         f"`infifusion` ({form} InfiFusion, [arXiv 2501.02795](https://arxiv.org/abs/2501.02795)): "
         f"{_distillation_text(stage, config)}."
@@ -145,13 +155,56 @@ def _infigfusion_text(stage: InfiGFusion, config: Config) -> str:
     )
 
 
-def _distillation_text(stage: Distillation, config: Config) -> str:
+def _distillation_text(stage: RankDistillation, config: Config) -> str:
     kind = "z-scored " if stage.standardized else ""
+    distance = (
+        f"distance between the {kind}top-{_kept(stage, config)} {stage.space} of teacher and student, rank by rank"
+    )
+    return _weighted_text(stage, distance)
+
+
+def _weighted_text(stage: Distillation, distance: str) -> str:
     meet = "both tokenizers have read equally many bytes" if stage.alignment == "bytes" else "the position is the same"
     return (
         f"{1 - stage.lam:g} x cross-entropy + {stage.lam:g} x the {stage.over_teachers} over the teachers of the "
-        f"distance between the {kind}top-{stage.k or config.signals.k} {stage.space} of teacher and student, rank by "
-        f"rank, wherever {meet}"
+        f"{distance}, wherever {meet}"
+    )
+
+
+def _kept(stage: Distillation, config: Config) -> int:
+    return stage.k or config.signals.k
+
+
+def _kl_text(stage: KL, config: Config) -> str:
+    kind = {"forward": "forward KL", "reverse": "reverse KL", "jsd": "Jensen-Shannon"}[stage.divergence]
+    distance = f"{kind} divergence over the teachers' top-{_kept(stage, config)} tokens that the student has too"
+    return f"`kl`: {_weighted_text(stage, f'{distance} (temperature {stage.temperature:g})')}."
+
+
+def _minilogit_text(stage: MiniLogit, config: Config) -> str:
+    distance = f"squared distance of the centred logits of the teachers' top-{_kept(stage, config)} tokens"
+    return f"`minilogit`: {_weighted_text(stage, f'{distance} that the student has too')}."
+
+
+def _uld_text(stage: ULD, config: Config) -> str:
+    distance = f"L1 distance between the sorted top-{_kept(stage, config)} probabilities of teacher and student"
+    return f"`uld` (ULD, [arXiv 2402.12030](https://arxiv.org/abs/2402.12030)): {_weighted_text(stage, distance)}."
+
+
+def _uld_hybrid_text(stage: ULDHybrid, config: Config) -> str:
+    distance = (
+        f"Jensen-Shannon divergence over shared tokens and the sorted L1 distance of the others, both within the top-"
+        f"{_kept(stage, config)}"
+    )
+    return f"`uld_hybrid` (ULD with matched tokens, as in TRL's GOLD): {_weighted_text(stage, distance)}."
+
+
+def _fusellm_text(stage: FuseLLM | FuseChat, config: Config) -> str:
+    name, paper = ("FuseLLM", "2401.10491") if isinstance(stage, FuseLLM) else ("FuseChat", "2408.07990")
+    return (
+        f"`{stage.method}` ({name}, [arXiv {paper}](https://arxiv.org/abs/{paper})): {1 - stage.lam:g} x cross-entropy "
+        f"+ {stage.lam:g} x cross-entropy against the top-{config.signals.k} probabilities of each sample's best "
+        "teacher, mapped by minimum edit distance."
     )
 
 
@@ -196,6 +249,12 @@ STAGE_TEXTS: dict[type[Stage], Callable[[Any, Config], str]] = {
     InfiGFusion: _infigfusion_text,
     ByteKD: _bytekd_text,
     Trust: _trust_text,
+    KL: _kl_text,
+    MiniLogit: _minilogit_text,
+    ULD: _uld_text,
+    ULDHybrid: _uld_hybrid_text,
+    FuseLLM: _fusellm_text,
+    FuseChat: _fusellm_text,
     InfiFPO: _infifpo_text,
     DPO: _dpo_text,
 }

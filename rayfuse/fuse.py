@@ -28,7 +28,7 @@ from rich.console import Console
 from rayfuse import resources
 from rayfuse.card import public_name, write_card
 from rayfuse.check import check_evaluation, check_machine
-from rayfuse.config import Config, Data, InfiFusion, Model, Teacher, config_json
+from rayfuse.config import Config, Data, Model, Teacher, TeacherStage, config_json
 from rayfuse.data import DataCounts
 from rayfuse.errors import CheckpointError, ConfigError
 from rayfuse.evaluate import evaluate_model, read_items
@@ -78,7 +78,7 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
             if job.spec.teachers:
                 deployment.deploy(job.spec.teachers, config.signals.k)
             with LiveLine(Path(config.output) / "metrics.jsonl", console):
-                if isinstance(job.stage, InfiFusion) and job.stage.merge is not None:
+                if isinstance(job.stage, TeacherStage) and job.stage.merge is not None:
                     train_pairwise(job, job.stage.merge)
                 else:
                     train_group(job)

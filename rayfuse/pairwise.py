@@ -1,6 +1,6 @@
-"""Pairwise InfiFusion (InfiFusion_p): a student per teacher, trained side by side, then merged into the stage's model.
+"""Pairwise stages (InfiFusion_p, FuseChat): a student per teacher, trained side by side, then merged into one model.
 
-Each student is a run of its own in `stages/NN-infifusion/TEACHER/`: its group of workers, its checkpoints, its model.
+Each student is a run of its own in `stages/NN-METHOD/TEACHER/`: its group of workers, its checkpoints, its model.
 None waits for another, so one that fails takes nothing from the others, and a resumed run trains only what is missing.
 """
 

@@ -167,6 +167,13 @@ def _suffixes(stages: dict[str, list[Record]], prefix: str) -> list[str]:
     return list(dict.fromkeys(key.removeprefix(prefix) for r in records for key in r if key.startswith(prefix)))
 
 
+DISTANCES = {
+    "loss_uld/": "sum over the top-K ranks",
+    "loss_kl/": "divergence, nats per aligned position",
+    "loss_mse/": "mean square over shared tokens",
+    "loss_hybrid/": "JSD of shared tokens and ranks of the others",
+}
+"""Distances to single teachers, of which a method has one: prefix of the metric -> unit."""
 OTHER_CURVES = {
     "loss_kl": ("distance to the teachers' mixture", "KL, nats per token"),
     "trusted": ("teachers' belief in the samples", "mean weight"),
@@ -182,15 +189,16 @@ def _loss_section(stages: dict[str, list[Record]]) -> str:
     bad = 0
     for stage, records in stages.items():
         bad += sum(not abs(record["loss"]) < float("inf") for record in records)
-        parts = _suffixes({stage: records}, "loss_uld/")
+        prefix = next((prefix for prefix in DISTANCES if _suffixes({stage: records}, prefix)), "")
+        parts = _suffixes({stage: records}, prefix) if prefix else []
         panels = [
             charts.curve_panel("total", "the loss that is minimised", [_curve(records, "loss", "total", SERIES[0])])
         ]
         if parts:
             sft = _curve(records, "loss_sft", "sft", SERIES[0])
-            distances = [_curve(records, f"loss_uld/{name}", name, colors.get(name, SERIES[1])) for name in parts]
+            distances = [_curve(records, f"{prefix}{name}", name, colors.get(name, SERIES[1])) for name in parts]
             panels.append(charts.curve_panel("sft part", "nats per token", [sft]))
-            panels.append(charts.curve_panel("distance to each teacher", "sum over the top-K ranks", distances))
+            panels.append(charts.curve_panel("distance to each teacher", DISTANCES[prefix], distances))
             graphs = [
                 _curve(records, f"loss_gld/{name}", name, colors.get(name, SERIES[1]))
                 for name in parts

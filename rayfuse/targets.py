@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,7 @@ from rayfuse.carry import TeacherSide, carry, mix, teacher_weights
 from rayfuse.config import ByteKD
 from rayfuse.data import Sample
 from rayfuse.errors import RayfuseError
+from rayfuse.mined import lowest_entropy, mined_target
 from rayfuse.render import Rendered
 from rayfuse.signals import FIELDS, TopKSignals
 from rayfuse.vocabulary import Vocabularies
@@ -178,6 +179,32 @@ def carried(unit: Unit, batch: FusionBatch) -> FusionBatch:
     return replace(batch, picks=np.concatenate(ids), mass=np.concatenate(mass))
 
 
+def unmatched(unit: Unit, batch: FusionBatch) -> FusionBatch:
+    """`unmatched` and `overlap` of each teacher: what the vocabularies lack of each other (ULD with matched tokens)."""
+    targets = []
+    for target, table in zip(batch.targets, unit.vocabularies.counterparts, strict=True):
+        lonely_V = np.ones(len(unit.vocabularies.student.pieces), dtype=bool)
+        lonely_V[table[table >= 0]] = False
+        targets.append(replace(target, unmatched=np.packbits(lonely_V), overlap=float((table >= 0).mean())))
+    return replace(batch, targets=tuple(targets))
+
+
+def mined(unit: Unit, batch: FusionBatch) -> FusionBatch:
+    """`picks` and `mass`: each sample's best teacher, mapped by minimum edit distance, see mined (FuseLLM)."""
+    vocabularies = unit.vocabularies
+    best, made = [], []
+    for b, (sample, item) in enumerate(zip(unit.samples, unit.rendered, strict=True)):
+        answers = [answers[b] for answers in unit.signals]
+        best.append(lowest_entropy(answers))
+        to_student = partial(vocabularies.nearest_ids, best[-1])
+        answer, text = answers[best[-1]], sample.response.encode()
+        made.append(mined_target(answer, text, item.ends, item.response_ids, to_student, vocabularies.nearest))
+    for s, (teacher, _) in enumerate(unit.spec.teachers):
+        batch.stats[f"chosen/{teacher.name}"] = best.count(s)
+    ids, mass = zip(*made, strict=True)
+    return replace(batch, picks=np.concatenate(ids), mass=np.concatenate(mass))
+
+
 Builder = Callable[[Unit, FusionBatch], FusionBatch]
 
 TARGETS: dict[str, Builder] = {
@@ -186,6 +213,8 @@ TARGETS: dict[str, Builder] = {
     "graphs": graphs,
     "responses": responses,
     "carried": carried,
+    "unmatched": unmatched,
+    "mined": mined,
 }
 """Kind of target by its name."""
 
@@ -194,6 +223,9 @@ READS: dict[str, tuple[str, ...]] = {
     "tokens": ("logps", "ids", "byte_ends"),
     "graphs": ("logps",),
     "responses": ("token_logps",),
+    "carried": ("logps", "ids", "token_logps", "byte_ends"),
+    "unmatched": (),
+    "mined": ("logps", "ids", "token_logps", "byte_ends"),
 }
 """The fields of the signals that a kind is made of, and so all that is read from the store; not listed: everything."""
 

@@ -15,6 +15,7 @@ import numpy as np
 from rayfuse.alignment import bytes_to_ids, token_bytes
 from rayfuse.carry import PrefixMap
 from rayfuse.config import Model
+from rayfuse.mined import NearestTokens
 from rayfuse.models import load_tokenizer
 from rayfuse.render import Renderer
 
@@ -82,3 +83,20 @@ class Vocabularies:
     def counterparts(self) -> list[np.ndarray]:
         """Per teacher, the student's id for each of its ids; see `counterparts`."""
         return [counterparts(teacher, self.student) for teacher in self.teachers]
+
+    @cached_property
+    def nearest(self) -> NearestTokens:
+        """The student's token nearest to given bytes."""
+        return NearestTokens(self.student.ids)
+
+    @cached_property
+    def _nearest_tables(self) -> list[np.ndarray]:
+        return [table.copy() for table in self.counterparts]
+
+    def nearest_ids(self, s: int, ids: np.ndarray) -> np.ndarray:
+        """For ids of teacher s, the student's nearest tokens, -1 for special ids; int64 in the shape of `ids`."""
+        table, pieces = self._nearest_tables[s], self.teachers[s].pieces
+        for index in np.unique(ids[table[ids] < 0]).tolist():
+            if pieces[index]:
+                table[index] = self.nearest(pieces[index])
+        return table[ids]

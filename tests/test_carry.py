@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayfuse.carry import PrefixMap, TeacherSide, carry, mix, teacher_weights
@@ -72,6 +72,23 @@ def test_a_teacher_that_did_not_expect_the_text_says_nothing_inside_it():
     assert carried[1] == {}
 
 
+def test_the_example_of_the_docs():
+    """docs/bytekd.md: a teacher of digit pairs and one of digits, mixed for a student of digits."""
+    pairs = _signals([{10: 0.5, 11: 0.3, 12: 0.2}, {END_PAIRS: 0.9, 5: 0.1}], [10, END_PAIRS], [2])
+    digits = _signals([{1: 0.9, 2: 0.1}, {2: 0.2, 7: 0.8}, {END: 1.0}], [1, 2, END], [1, 2])
+    labels, ends = [1, 2, END], np.array([1, 2])
+    sides = TeacherSide(pairs, PAIRS, END_PAIRS), TeacherSide(digits, DIGITS, END)
+    carried = [carry(side, b"12", ends, labels, _prefixes(DIGITS)) for side in sides]
+    assert _clean(carried[0]) == [{1: 0.8, 2: 0.2}, {2: 0.625, 3: 0.375}, {END: 0.9, 5: 0.1}]
+    assert _clean(carried[1]) == [{1: 0.9, 2: 0.1}, {7: 0.8, 2: 0.2}, {END: 1.0}]
+    weights = teacher_weights([pairs, digits])
+    np.testing.assert_allclose(weights, [0.45 / 0.63, 0.18 / 0.63], rtol=1e-5)
+    ids, mass = mix(carried, weights.tolist(), labels, 4)
+    rows = [{int(i): m for i, m in zip(*row, strict=True) if m > 0} for row in zip(ids, mass, strict=True)]
+    assert _clean(rows) == [{1: 0.829, 2: 0.171}, {2: 0.504, 3: 0.268, 7: 0.229}, {END: 0.929, 5: 0.071}]
+
+
+@settings(deadline=None)
 @given(st.data())
 def test_every_row_sums_to_one_or_is_empty(data):
     text = data.draw(st.text("0123456789", min_size=1, max_size=12)).encode()

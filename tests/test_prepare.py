@@ -219,3 +219,19 @@ def test_a_part_of_the_signals_makes_the_same_batch(world, kinds):
     for mine, theirs in zip(cold.targets, warm.targets, strict=True):
         for field in ("ids", "graph", "response_logps", "response_tokens"):
             np.testing.assert_array_equal(getattr(mine, field), getattr(theirs, field))
+
+
+def test_unmatched_marks_the_students_tokens_that_the_teacher_lacks(tiny, world):
+    spec, samples = world
+    preparer = Preparer(dataclasses.replace(spec, targets=("ranks", "unmatched")), Counting)
+    batch = preparer(samples[:2])
+    student = AutoTokenizer.from_pretrained(tiny.model("pivot"))
+    special = set(student.all_special_ids) | set(student.added_tokens_decoder)
+    for target, name in zip(batch.targets, ("math", "code"), strict=True):
+        teacher = AutoTokenizer.from_pretrained(tiny.model(name))
+        theirs = {token for token, i in teacher.get_vocab().items() if i not in teacher.added_tokens_decoder}
+        ends = [Renderer(teacher).end_of_turn, preparer.renderer.end_of_turn]
+        shared = {i for token, i in student.get_vocab().items() if token in theirs and i not in special} | {ends[1]}
+        bits = np.unpackbits(target.unmatched)[: len(student)]
+        assert set(np.flatnonzero(bits == 0).tolist()) == shared
+        assert target.overlap == pytest.approx(len(shared) / len(teacher))

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from rayfuse.compare.plan import Cell, Plan
 from rayfuse.compare.rows import heldout_items, rows_name, training_rows, write_once
 from rayfuse.compare.texts import pairs_of, responses_of, texts_file
-from rayfuse.config import STAGES, Benchmark, Config, InfiFusion, Teacher, parse_config
+from rayfuse.config import STAGES, Benchmark, Config, Teacher, TeacherStage, parse_config
 from rayfuse.data import Sample
 from rayfuse.evaluate import measure_items
 from rayfuse.fuse import Source, _fingerprints, _stage_job, load_source
@@ -147,7 +147,7 @@ def train_cell(bench: Bench, config: Config) -> Trained:
         job = _stage_job(config, index, fingerprints, sources)
         if job.spec.teachers:
             deployment.deploy(job.spec.teachers, config.signals.k)
-        if isinstance(job.stage, InfiFusion) and job.stage.merge is not None:
+        if isinstance(job.stage, TeacherStage) and job.stage.merge is not None:
             train_pairwise(job, job.stage.merge, partial(_train_once, bench.work / "students"), at_once=1)
         else:
             train_here(job)

@@ -15,16 +15,17 @@ The shortest run:
 
 from __future__ import annotations
 
+from rayfuse.config.baselines import KL, ULD, FuseChat, FuseLLM, MiniLogit, ULDHybrid
 from rayfuse.config.data import Benchmark, Data, Signals
 from rayfuse.config.endpoint import Endpoint, Stored
 from rayfuse.config.loading import apply_override, config_json, load_config, parse_config
+from rayfuse.config.methods import STAGES
 from rayfuse.config.models import Model, Student
 from rayfuse.config.run import Cluster, Config
 from rayfuse.config.section import Dtype, Place, Section
 from rayfuse.config.stages import (
     DPO,
     SFT,
-    STAGES,
     ByteKD,
     Distillation,
     InfiFPO,
@@ -32,15 +33,19 @@ from rayfuse.config.stages import (
     InfiGFusion,
     Merge,
     Preference,
+    RankDistillation,
     Stage,
+    TeacherStage,
     Trust,
 )
 from rayfuse.config.teachers import Replicas, Teacher
 
 __all__ = [
     "DPO",
+    "KL",
     "SFT",
     "STAGES",
+    "ULD",
     "Benchmark",
     "ByteKD",
     "Cluster",
@@ -49,13 +54,17 @@ __all__ = [
     "Distillation",
     "Dtype",
     "Endpoint",
+    "FuseChat",
+    "FuseLLM",
     "InfiFPO",
     "InfiFusion",
     "InfiGFusion",
     "Merge",
+    "MiniLogit",
     "Model",
     "Place",
     "Preference",
+    "RankDistillation",
     "Replicas",
     "Section",
     "Signals",
@@ -63,7 +72,9 @@ __all__ = [
     "Stored",
     "Student",
     "Teacher",
+    "TeacherStage",
     "Trust",
+    "ULDHybrid",
     "apply_override",
     "config_json",
     "load_config",

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from rayfuse.config.data import Benchmark, Data, Signals
+from rayfuse.config.methods import AnyStage
 from rayfuse.config.models import Student
 from rayfuse.config.section import Section, named
-from rayfuse.config.stages import AnyStage, Distillation
+from rayfuse.config.stages import Distillation
 from rayfuse.config.teachers import Teacher
 
 

@@ -1,10 +1,10 @@
-"""The stages of a run: one class per method, with its knobs."""
+"""The stages of a run: what all have, and the methods of the papers; one class per method, with its knobs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rayfuse.config.section import Section, named
 
@@ -44,23 +44,8 @@ class SFT(Stage):
     method: Literal["sft"] = "sft"
 
 
-class Distillation(Stage):
-    """What the stages that compare top-K logits share."""
-
-    uses_teachers: ClassVar[bool] = True
-
-    lam: float = Field(0.5, ge=0, le=1, description="weight of the distillation term; 1 - lam is that of the SFT term")
-    k: int | None = Field(None, ge=2, description="ranks compared; default and upper limit: signals.k")
-    standardized: bool = Field(True, description="z-score the K logits of each position (no temperature needed)")
-    space: Literal["logits", "probs"] = Field("logits", description="compare logits, or their softmax over the kept K")
-    alignment: Literal["bytes", "position"] = Field(
-        "bytes", description="pair positions that have read equally many bytes, or simply t with t (ablation)"
-    )
-    over_teachers: Literal["sum", "mean"] = Field("sum", description="how the teachers' distances are added up")
-
-
 class Merge(Section):
-    """How the students of pairwise InfiFusion become one model."""
+    """How the students of a pairwise stage, one per teacher, become one model."""
 
     method: Literal["task_arithmetic", "ties", "sce"] = Field(description="formula of the merge")
     density: float | None = Field(
@@ -72,19 +57,48 @@ class Merge(Section):
     )
 
 
-class InfiFusion(Distillation):
-    """InfiFusion (arXiv 2501.02795): cross-entropy plus the standardised top-K distance to the teachers.
+PairwiseMerge = Annotated[Merge, BeforeValidator(lambda value: named(value, "method"))]
+"""A merge in a configuration: a formula's name, or a section."""
 
-    Unified: one student learns from all teachers. Pairwise (`merge` given): a student per teacher, then merged.
+
+class TeacherStage(Stage):
+    """What the stages share that learn from the teachers' answers to `data`.
+
+    One student learns from all teachers; or (`merge` given: pairwise) a student from each teacher, and they are merged.
     """
 
-    method: Literal["infifusion"] = "infifusion"
-    merge: Annotated[Merge | None, BeforeValidator(lambda value: named(value, "method"))] = Field(
+    uses_teachers: ClassVar[bool] = True
+
+    merge: PairwiseMerge | None = Field(
         None, description="pairwise form: train one student per teacher, and merge them so"
     )
 
 
-class InfiGFusion(Distillation):
+class Distillation(TeacherStage):
+    """What the stages that compare top-K logits share."""
+
+    lam: float = Field(0.5, ge=0, le=1, description="weight of the distillation term; 1 - lam is that of the SFT term")
+    k: int | None = Field(None, ge=2, description="ranks compared; default and upper limit: signals.k")
+    alignment: Literal["bytes", "position"] = Field(
+        "bytes", description="pair positions that have read equally many bytes, or simply t with t (ablation)"
+    )
+    over_teachers: Literal["sum", "mean"] = Field("sum", description="how the teachers' distances are added up")
+
+
+class RankDistillation(Distillation):
+    """What the stages of the papers share: rank i of the student is compared with rank i of the teacher."""
+
+    standardized: bool = Field(True, description="z-score the K logits of each position (no temperature needed)")
+    space: Literal["logits", "probs"] = Field("logits", description="compare logits, or their softmax over the kept K")
+
+
+class InfiFusion(RankDistillation):
+    """InfiFusion (arXiv 2501.02795), unified or pairwise: the standardised top-K distance to the teachers."""
+
+    method: Literal["infifusion"] = "infifusion"
+
+
+class InfiGFusion(RankDistillation):
     """InfiGFusion (arXiv 2505.13893): InfiFusion plus a distance between graphs on the logits, in closed form."""
 
     method: Literal["infigfusion"] = "infigfusion"
@@ -95,10 +109,8 @@ class InfiGFusion(Distillation):
     alpha: float = Field(1.0, ge=0, description="weight of the graph distance beside the rank distance")
 
 
-class ByteKD(Stage):
+class ByteKD(TeacherStage):
     """Byte-prefix distillation (ours): the teachers' probabilities carried onto the student's tokens, byte by byte."""
-
-    uses_teachers: ClassVar[bool] = True
 
     method: Literal["bytekd"] = "bytekd"
     lam: float = Field(
@@ -150,40 +162,3 @@ class DPO(Preference):
     """DPO (arXiv 2305.18290), length-normalised unless told otherwise: the reference is the stage's first model."""
 
     method: Literal["dpo"] = "dpo"
-
-
-STAGES: dict[str, type[Stage]] = {
-    "sft": SFT,
-    "infifusion": InfiFusion,
-    "infigfusion": InfiGFusion,
-    "bytekd": ByteKD,
-    "trust": Trust,
-    "infifpo": InfiFPO,
-    "dpo": DPO,
-}
-
-
-def _stage_tag(value: Any) -> str:
-    method = value.get("method") if isinstance(value, dict) else getattr(value, "method", None)
-    return method if isinstance(method, str) else ""
-
-
-def _as_stage(value: Any) -> Any:
-    value = named(value, "method")
-    if isinstance(value, dict) and "method" not in value:
-        raise ValueError(f"method is missing; there are: {', '.join(STAGES)}")
-    if _stage_tag(value) not in STAGES:
-        method = value["method"] if isinstance(value, dict) else value
-        raise ValueError(f"unknown method {method!r}; there are: {', '.join(STAGES)}")
-    return value
-
-
-if TYPE_CHECKING:
-    AnyStage = Stage
-else:
-    AnyStage = Annotated[
-        Union[tuple(Annotated[stage, Tag(name)] for name, stage in STAGES.items())],  # noqa: UP007 (a tuple of types)
-        Discriminator(_stage_tag),
-        BeforeValidator(_as_stage),
-    ]
-    """A stage in a configuration: a method's name, or a section with `method` and its knobs."""

@@ -30,7 +30,7 @@ from rayfuse.losses.topk import block_topk
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """The student's answer at N positions; `loss_ce` and `topk` are differentiable, the rest is detached."""
+    """The student's answer at N positions; `loss_ce`, `topk` and `picked` are differentiable, `lse` where asked for."""
 
     loss_ce: torch.Tensor  # scalar float32, mean over the labels that are not ignored; 0 where all are
     topk: torch.Tensor  # [N, k] float32 logits, sorted descending
@@ -54,6 +54,7 @@ def fused_head(
     ignore_index: int = -100,
     chunk: int | None = None,
     picks: torch.Tensor | None = None,
+    lse_gradient: bool = False,
 ) -> HeadOutput:
     """Mean cross-entropy and top-K logits of hidden [N, H] under the head weight [V, H] (bias [V]).
 
@@ -62,10 +63,14 @@ def fused_head(
     `valid_vocab` describe the head, see head.Head. The gradient of a loss on `topk` holds the kept ids fixed, as that
     of torch.topk does. A weight shared with the embedding works like any other use of a parameter.
 
-    Time: 3 N V H multiply-adds for values and gradients (N V H where no gradient is asked for), 2 N (k + M) H more for
-    the gradient of top-K and picks. Memory beyond inputs and outputs: `chunk * V * 4` bytes of logits (times 2 with
-    softcap, plus `chunk * V * 2` below float32), `V * H * 4` for the weight's gradient and `N * H * 4` for the hidden
-    states' (below float32, `V * H * 2` more while a chunk's weight gradient is added), and 64 MiB for gathered rows.
+    `lse_gradient` makes `lse` differentiable, for losses on probabilities exp(topk - lse): the softmax's gradient then
+    waits for backward, where each chunk is computed again.
+
+    Time: 3 N V H multiply-adds for values and gradients (N V H where no gradient is asked for, 4 N V H with
+    `lse_gradient`), 2 N (k + M) H more for the gradient of top-K and picks. Memory beyond inputs and outputs:
+    `chunk * V * 4` bytes of logits (times 2 with softcap, plus `chunk * V * 2` below float32), `V * H * 4` for the
+    weight's gradient and `N * H * 4` for the hidden states' (below float32, `V * H * 2` more while a chunk's weight
+    gradient is added), and 64 MiB for gathered rows.
     `chunk` defaults to as many positions as make 64 MiB of logits. Gradients are summed in float32 (float64 for float64
     input) and cast once. On a CPU the same input gives the same bits; on CUDA the scattered sum of the top-K's weight
     gradient is ordered only under torch.use_deterministic_algorithms.
@@ -81,7 +86,7 @@ def fused_head(
     gradients = torch.is_grad_enabled()
     with torch.autocast(hidden.device.type, enabled=False):
         loss_ce, topk, ids, lse, label_logps, picked = _FusedHead.apply(
-            hidden, weight, bias, labels, k, head, ignore_index, chunk, count, gradients, picks
+            hidden, weight, bias, labels, k, head, ignore_index, chunk, count, gradients, picks, lse_gradient
         )
     return HeadOutput(loss_ce, topk, ids, lse, label_logps, count, None if picks is None else picked)
 
@@ -110,6 +115,7 @@ class _FusedHead(torch.autograd.Function):
         count: int,
         gradients: bool,
         picks: torch.Tensor | None,
+        lse_gradient: bool,
     ) -> tuple[torch.Tensor, ...]:
         N = len(hidden)
         weight_VH, bias_V = valid_rows(weight, bias, head)
@@ -121,31 +127,29 @@ class _FusedHead(torch.autograd.Function):
         lse = hidden.new_empty(N, dtype=wide)
         label_logps = hidden.new_empty(N, dtype=wide)
         wants = [gradients and need for need in ctx.needs_input_grad[:3]]
-        grads = [
-            torch.zeros_like(x, dtype=wide) if want and x is not None else None
-            for x, want in zip((hidden, weight, bias), wants, strict=True)
-        ]
+        now = [want and not lse_gradient for want in wants]
+        grads = _zeros((hidden, weight, bias), now, wide)
 
         for rows in chunks(N, len(weight_VH), chunk):
             logits_CV = chunk_logits(hidden[rows], weight_VH, bias_V, head)
             topk[rows], ids[rows] = block_topk(logits_CV, k)
             picked[rows] = logits_CV.gather(1, picks[rows])
             label_C, ignored_C = label_logits(logits_CV, labels[rows], ignore_index)
-            slope_CV = logits_CV.square() if any(wants) and head.softcap is not None else None
+            slope_CV = logits_CV.square() if any(now) and head.softcap is not None else None
             lse[rows], sums_C1 = exp_in_place(logits_CV, topk[rows, :1])
             label_logps[rows] = (label_C - lse[rows]).masked_fill(ignored_C, 0.0)
-            if any(wants):
-                logits_CV *= sums_C1.reciprocal().masked_fill(ignored_C[:, None], 0.0)
-                target_C1 = labels[rows].masked_fill(ignored_C, 0)[:, None]
-                logits_CV.scatter_add_(1, target_C1, (~ignored_C).to(wide).neg()[:, None])
+            if any(now):
+                learned_C1 = (~ignored_C).to(wide)[:, None]
+                _to_gradient(logits_CV, sums_C1, learned_C1, learned_C1, labels[rows])
                 to_inner_logits(logits_CV, slope_CV, head)
                 add_products(grads, rows, logits_CV, hidden[rows], weight_VH)
             del logits_CV, slope_CV
 
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(ids, lse, label_logps)
-        ctx.save_for_backward(hidden, weight, topk, ids, picked, picks)
-        ctx.grads, ctx.head, ctx.count, ctx.dtypes = grads, head, count, (hidden.dtype, weight.dtype)
+        ctx.mark_non_differentiable(ids, label_logps, *([] if lse_gradient else [lse]))
+        ctx.save_for_backward(hidden, weight, bias, labels, topk, ids, picked, picks)
+        ctx.grads, ctx.head, ctx.count, ctx.wants = grads, head, count, wants
+        ctx.lse_gradient, ctx.ignore_index, ctx.chunk = lse_gradient, ignore_index, chunk
         return -label_logps.sum() / max(count, 1), topk, ids, lse, label_logps, picked
 
     @staticmethod
@@ -159,15 +163,59 @@ class _FusedHead(torch.autograd.Function):
                 "add the losses and call backward on the sum, or call fused_head again"
             )
         grads, ctx.grads = ctx.grads, None
-        hidden, weight, topk, ids, picked, picks = ctx.saved_tensors
-        for grad in grads:
-            if grad is not None:
-                grad.mul_(0.0 if grad_loss is None else grad_loss / max(ctx.count, 1))
+        hidden, weight, _, _, topk, ids, picked, picks = ctx.saved_tensors
+        share = topk.new_zeros(()) if grad_loss is None else grad_loss / max(ctx.count, 1)
+        if ctx.lse_gradient:
+            grads = _softmax_gradient(ctx, share, others[1])
+        else:
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(share)
         for grad_values, values, of_ids in ((grad_topk, topk, ids), (others[-1], picked, picks)):
             if grad_values is not None and of_ids.numel():
                 _add_gathered_gradient(grads, grad_values, values, of_ids, hidden, weight, ctx.head)
         cast = [None if grad is None else grad.to(hidden.dtype) for grad in grads]
-        return *cast, *[None] * 8
+        return *cast, *[None] * 9
+
+
+def _zeros(inputs: tuple[torch.Tensor | None, ...], wants: list[bool], dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """Gradient buffers of the inputs that want one."""
+    return [
+        torch.zeros_like(x, dtype=dtype) if want and x is not None else None
+        for x, want in zip(inputs, wants, strict=True)
+    ]
+
+
+def _to_gradient(
+    exps_CV: torch.Tensor,
+    sums_C1: torch.Tensor,
+    of_lse_C1: torch.Tensor,
+    of_label_C1: torch.Tensor,
+    labels_C: torch.Tensor,
+) -> None:
+    """Turn exp(logits) into the gradient of `of_lse * lse - of_label * logit of the label`, in place.
+
+    `of_label` is 0 where the label is ignored.
+    """
+    exps_CV *= of_lse_C1 / sums_C1
+    exps_CV.scatter_add_(1, labels_C[:, None].masked_fill(of_label_C1 == 0, 0), -of_label_C1)
+
+
+def _softmax_gradient(ctx: Any, share: torch.Tensor, grad_lse: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """The cross-entropy's gradient times `share`, and that of lse, chunk by chunk."""
+    hidden, weight, bias, labels, topk, *_ = ctx.saved_tensors
+    weight_VH, bias_V = valid_rows(weight, bias, ctx.head)
+    grads = _zeros((hidden, weight, bias), ctx.wants, topk.dtype)
+    of_label_N1 = (share * (labels != ctx.ignore_index))[:, None].to(topk.dtype)
+    of_lse_N1 = of_label_N1 if grad_lse is None else of_label_N1 + grad_lse[:, None]
+    for rows in chunks(len(hidden), len(weight_VH), ctx.chunk):
+        grad_CV = chunk_logits(hidden[rows], weight_VH, bias_V, ctx.head)
+        squares_CV = grad_CV.square() if ctx.head.softcap is not None else None
+        _, sums_C1 = exp_in_place(grad_CV, topk[rows, :1])
+        _to_gradient(grad_CV, sums_C1, of_lse_N1[rows], of_label_N1[rows], labels[rows])
+        to_inner_logits(grad_CV, squares_CV, ctx.head)
+        add_products(grads, rows, grad_CV, hidden[rows], weight_VH)
+    return grads
 
 
 def _add_gathered_gradient(

@@ -18,11 +18,16 @@ from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Config, Stage
 from rayfuse.stages.bytekd import bytekd_loss
 from rayfuse.stages.dpo import dpo_loss
+from rayfuse.stages.fusellm import fusellm_loss
 from rayfuse.stages.infifpo import infifpo_loss
 from rayfuse.stages.infifusion import infifusion_loss
 from rayfuse.stages.infigfusion import infigfusion_loss
+from rayfuse.stages.kl import kl_loss
+from rayfuse.stages.minilogit import minilogit_loss
 from rayfuse.stages.sft import sft_loss
 from rayfuse.stages.trust import trust_loss
+from rayfuse.stages.uld import uld_original_loss
+from rayfuse.stages.uld_hybrid import uld_hybrid_loss
 
 Parts = dict[str, torch.Tensor]
 Loss = Callable[[Any, Any, FusionBatch, Counts], tuple[torch.Tensor, Parts]]
@@ -36,10 +41,13 @@ class Method:
     Attributes:
         loss: its loss on one micro-batch.
         targets: kinds of targets that its prepare tasks make of the teachers' signals, see rayfuse/targets.py.
+        lse_gradient: whether it compares probabilities among the whole vocabulary, and so needs the gradient of the
+            log-sum-exp; that costs a third more in the head.
     """
 
     loss: Loss
     targets: tuple[str, ...] = ("ranks",)
+    lse_gradient: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -50,6 +58,12 @@ METHODS: dict[str, Method] = {
     "trust": Method(trust_loss, targets=("responses",)),
     "infifpo": Method(infifpo_loss, targets=("responses",)),
     "dpo": Method(dpo_loss, targets=("responses",)),
+    "kl": Method(kl_loss, targets=("ranks", "tokens")),
+    "minilogit": Method(minilogit_loss, targets=("ranks", "tokens")),
+    "uld": Method(uld_original_loss, lse_gradient=True),
+    "uld_hybrid": Method(uld_hybrid_loss, targets=("ranks", "tokens", "unmatched"), lse_gradient=True),
+    "fusellm": Method(fusellm_loss, targets=("mined",)),
+    "fusechat": Method(fusellm_loss, targets=("mined",)),
 }
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 
 from rayfuse.batch import Counts, FusionBatch
-from rayfuse.config import ByteKD
+from rayfuse.config import ByteKD, FuseChat, FuseLLM
 from rayfuse.losses import HeadOutput
 from rayfuse.stages.sft import sft_loss
 
@@ -27,6 +27,13 @@ def bytekd_loss(
     stage: ByteKD, head: HeadOutput, batch: FusionBatch, totals: Counts
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """This micro-batch's share of the global batch's loss; `loss_kl` is KL(q || student), nats per token."""
+    return mixed_target_loss(stage, head, batch, totals)
+
+
+def mixed_target_loss(
+    stage: ByteKD | FuseLLM | FuseChat, head: HeadOutput, batch: FusionBatch, totals: Counts
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss above, for whatever made the teachers' mass q on `batch.picks`."""
     assert head.picked is not None
     assert batch.mass is not None
     sft, parts = sft_loss(stage, head, batch, totals)

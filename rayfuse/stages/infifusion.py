@@ -14,13 +14,13 @@ from __future__ import annotations
 import torch
 
 from rayfuse.batch import Counts, FusionBatch, TeacherTarget
-from rayfuse.config import Distillation
+from rayfuse.config import Distillation, RankDistillation
 from rayfuse.losses import HeadOutput, uld_loss
 from rayfuse.stages.sft import sft_loss
 
 
 def infifusion_loss(
-    stage: Distillation, head: HeadOutput, batch: FusionBatch, totals: Counts
+    stage: RankDistillation, head: HeadOutput, batch: FusionBatch, totals: Counts
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """This micro-batch's share of the global batch's loss."""
     sft, parts = sft_loss(stage, head, batch, totals)
@@ -30,7 +30,7 @@ def infifusion_loss(
     return (1 - stage.lam) * sft + stage.lam * over_teachers(stage, batch, distances), parts
 
 
-def rank_distance(stage: Distillation, head: HeadOutput, target: TeacherTarget, pairs: float) -> torch.Tensor:
+def rank_distance(stage: RankDistillation, head: HeadOutput, target: TeacherTarget, pairs: float) -> torch.Tensor:
     """L_s of one teacher: this micro-batch's share of the mean over the `pairs` aligned positions of the batch."""
     device = head.topk.device
     student_PK = head.topk[torch.from_numpy(target.rows).to(device)]

@@ -31,8 +31,11 @@ class _HiddenToHead(nn.Module):
         self.vocabulary = vocabulary
         self.dtype = dtype
 
-    def forward(self, batch: dict[str, torch.Tensor], k: int | None) -> HeadOutput | torch.Tensor:
-        """The fused head's output with the top k, or (k None) the labels' log-probabilities [N]."""
+    def forward(self, batch: dict[str, torch.Tensor], k: int | None, lse: bool = False) -> HeadOutput | torch.Tensor:
+        """The fused head's output with the top k, or (k None) the labels' log-probabilities [N].
+
+        `lse`: its log-sum-exp is differentiable.
+        """
         device = batch["labels"].device.type
         with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
             hidden_BTH = self.model.base_model(
@@ -44,7 +47,7 @@ class _HiddenToHead(nn.Module):
         options = layer.options() | {"bias": None if layer.bias is None else layer.bias.to(self.dtype)}
         if k is None:
             return token_logps(hidden_NH, weight, batch["labels"], **options)
-        return fused_head(hidden_NH, weight, batch["labels"], k, picks=batch.get("picks"), **options)
+        return fused_head(hidden_NH, weight, batch["labels"], k, picks=batch.get("picks"), lse_gradient=lse, **options)
 
 
 class TorchEngine:
@@ -81,15 +84,16 @@ class TorchEngine:
             fused=True,
         )
 
-    def forward(self, batch: FusionBatch, k: int | None) -> HeadOutput | torch.Tensor:
+    def forward(self, batch: FusionBatch, k: int | None, lse: bool = False) -> HeadOutput | torch.Tensor:
         """Of one micro-batch: cross-entropy and top k, or (k None) differentiable log-probabilities [N] of the labels.
 
-        A preference loss weighs a response by how the whole pair scored, so it needs the second form.
+        A preference loss weighs a response by how the whole pair scored, so it needs the second form. `lse`: the head's
+        log-sum-exp is differentiable, for losses on probabilities.
         """
         fields = ("input_ids", "attention_mask", "positions", "labels", "picks")
         arrays = {name: getattr(batch, name) for name in fields if getattr(batch, name) is not None}
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
-        output: HeadOutput | torch.Tensor = self.module(tensors, k)
+        output: HeadOutput | torch.Tensor = self.module(tensors, k, lse)
         return output
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -206,7 +206,7 @@ def _step(job: StageJob, engine: TorchEngine, batches: list[FusionBatch], rate: 
     measured: dict[str, float] = {}
     for index, batch in enumerate(batches):
         with engine.accumulate(last=index == len(batches) - 1):
-            output = engine.forward(batch, k)
+            output = engine.forward(batch, k, method.lse_gradient)
             loss, parts = method.loss(job.stage, output, batch, totals)
             engine.backward(loss)
         values = {"loss": float(loss.detach()), **{name: float(part) for name, part in parts.items()}, **batch.stats}
@@ -218,7 +218,7 @@ def _step(job: StageJob, engine: TorchEngine, batches: list[FusionBatch], rate: 
     record = dict(zip(names, summed.tolist(), strict=True))
     if "gradient_ratio" in record:
         record["gradient_ratio"] /= job.units_per_step
-    for s, (teacher, _) in enumerate(job.spec.teachers if k is not None else ()):
+    for s, (teacher, _) in enumerate(job.spec.teachers if "ranks" in method.targets else ()):
         record[f"aligned_share/{teacher.name}"] = totals.pairs[s] / totals.tokens
     return {**record, "tokens": totals.tokens, "learning_rate": rate, "gradient_norm": engine.step(rate)}
 

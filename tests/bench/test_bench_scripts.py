@@ -24,6 +24,7 @@ SCRIPTS = {
         [],
         [r"^padding, chat", r"^3 teachers  raw actors .* 1\.00 x", r"^3 teachers .* cold store", r"^2 replicas"],
     ),
+    "targets": ([], [r"^qwen +tokens .* us per token and teacher", r"^tekken +mined .* us per token"]),
     "endtoend": (
         ["--folder"],
         [r"^trl .* bits/byte", r"^rayfuse .* bits/byte", r"^rayfuse .* TRL over rayfuse: total"],

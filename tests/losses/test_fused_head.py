@@ -76,6 +76,32 @@ def test_equals_full_logits_in_float32(head, with_bias, chunk):
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("chunk", [7, None])
+def test_losses_on_probabilities_have_the_gradient_of_full_logits(head, chunk):
+    """With `lse_gradient`, through the log-sum-exp too, at positions with and without a label."""
+
+    def loss(out):
+        probs = (out.topk - out.lse[:, None]).exp()
+        return loss_of(out) + (probs * torch.arange(10.0)).sum() + 0.1 * out.lse.square().mean()
+
+    hidden, weight, bias, labels = head_inputs(with_bias=True)
+    leaves = (hidden, weight, bias)
+    ours = fused_head(hidden, weight, labels, 10, bias=bias, chunk=chunk, lse_gradient=True, **HEADS[head])
+    theirs = naive(hidden, weight, labels, 10, bias=bias, **HEADS[head])
+    for got, want in zip(
+        torch.autograd.grad(loss(ours), leaves), torch.autograd.grad(loss(theirs), leaves), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+    alone = fused_head(hidden, weight, labels, 10, bias=bias, chunk=chunk, lse_gradient=True, **HEADS[head])
+    for got, want in zip(
+        torch.autograd.grad(alone.lse.sum(), leaves),
+        torch.autograd.grad(naive(hidden, weight, labels, 10, bias=bias, **HEADS[head]).lse.sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
 def test_equals_full_logits_in_float64_to_the_last_digits(head):
     hidden, weight, bias, labels = head_inputs(torch.float64, N=9, with_bias=True)
     outputs = [
