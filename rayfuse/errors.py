@@ -41,6 +41,10 @@ class TeacherError(RayfuseError, RuntimeError):
     """A teacher cannot answer."""
 
 
+class DeadEngineError(TeacherError):
+    """The engine of a teacher is gone: this process can answer no more, another can."""
+
+
 class MissingSignalsError(RayfuseError, LookupError):
     """A sample has no teacher signals where the method needs them."""
 

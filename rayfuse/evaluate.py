@@ -122,7 +122,11 @@ def evaluate(model: Teacher, role: str, items: Sequence[Sample], benchmark: Benc
         benchmark: how to generate and score.
     """
     backend = BACKENDS[model.backend](model, 2)
-    bits, right = measure_items(backend, items, benchmark)
+    try:
+        bits, right = measure_items(backend, items, benchmark)
+    finally:
+        if hasattr(backend, "close"):  # an engine in processes of its own
+            backend.close()
     size = np.array([len(item.response.encode()) for item in items], dtype=np.float64)
     accuracy: dict[str, Accuracy] = {}
     if right:

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from rayfuse import resources
 from rayfuse.card import public_name, write_card
-from rayfuse.check import check_evaluation, check_machine
+from rayfuse.check import check_environments, check_evaluation, check_machine
 from rayfuse.config import Config, Data, Model, Teacher, TeacherStage, config_json
 from rayfuse.data import DataCounts
 from rayfuse.errors import CheckpointError, ConfigError
@@ -98,7 +98,12 @@ def _refuse_faults(config: Config) -> None:
     Raises:
         ConfigError: naming them.
     """
-    faults = [finding for check in (check_machine, check_evaluation) for finding in check(config) if finding.fault]
+    faults = [
+        finding
+        for check in (check_machine, check_environments, check_evaluation)
+        for finding in check(config)
+        if finding.fault
+    ]
     if faults:
         raise ConfigError("; ".join(f"{fault.where}: {fault.text}" for fault in faults))
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfuse.config import Model, Teacher
+from rayfuse.environments import engine_version
 from rayfuse.errors import ModelError
 
 WEIGHT_FILES = "*.safetensors"
@@ -205,7 +206,11 @@ def teacher_context(teacher: Teacher) -> int | None:
         from rayfuse.teachers.probe import served
 
         return served(teacher).context
-    return context_length(load_model_config(teacher))
+    length = context_length(load_model_config(teacher))
+    if teacher.vllm is None:
+        return length
+    lengths = [item for item in (length, teacher.vllm.max_model_len) if item is not None]
+    return min(lengths) - 1 if lengths else None  # the engine insists on room for a token that it writes
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -219,9 +224,10 @@ def vocabulary_size(tokenizer: Any) -> int:
 def fingerprint(teacher: Teacher, k: int) -> str:
     """The name of everything that a teacher's answers depend on: 32 hex digits.
 
-    Weights (revision, or the hashes of the files), tokenizer, chat template, context length, K, dtype and backend. For
-    an endpoint, whose weights nobody here sees: its address, the model's name, `revision` and what the server calls the
-    weights' origin; not the key, not the time, not the server's version or limits.
+    Weights (revision, or the hashes of the files), tokenizer, chat template, context length, K, dtype and backend; of
+    vLLM also its quantisation and version. For an endpoint, whose weights nobody here sees: its address, the model's
+    name, `revision` and what the server calls the weights' origin; not the key, not the time, not the server's version
+    or limits.
 
     Raises:
         ModelError: the model's files cannot be found.
@@ -244,6 +250,9 @@ def fingerprint(teacher: Teacher, k: int) -> str:
         "ends": [tokenizer.bos_token_id, tokenizer.eos_token_id],
         "rendering": RENDERING,
     }
+    if teacher.vllm is not None:
+        parts["quantization"] = teacher.vllm.quantization
+        parts["engine"] = engine_version(teacher)
     return _sha(json.dumps(parts, sort_keys=True).encode())[:32]
 
 

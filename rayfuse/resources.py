@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -47,7 +49,10 @@ def connect(config: Config) -> bool:
     if ray.is_initialized():
         return False
     os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
-    runtime_env = {"env_vars": {key: os.environ[key] for key in ENVIRONMENT}}
+    runtime_env: dict[str, Any] = {"env_vars": {key: os.environ[key] for key in ENVIRONMENT}}
+    if any(teacher.runtime_env is not None for teacher in config.teachers):
+        # Another interpreter has its own packages, but must run this very code.
+        runtime_env["py_modules"] = [str(Path(__file__).parent)]
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address and address != "local":
@@ -122,17 +127,39 @@ def measure_task() -> dict[str, Any]:
 
 def evaluate_task(model: Teacher) -> dict[str, Any]:
     """Options of the evaluation of one model."""
-    return {"num_cpus": model.cpus, "num_gpus": model.gpus, "max_retries": 2}
+    options = {"num_cpus": model.cpus, "num_gpus": model.gpus, "max_retries": 2}
+    return options if model.runtime_env is None else {**options, "runtime_env": _own_environment(model)}
+
+
+def _own_environment(teacher: Teacher) -> dict[str, Any]:
+    """What a teacher's runtime environment changes, in Ray's form."""
+    environment = teacher.runtime_env.as_ray() if teacher.runtime_env else {}
+    if "py_executable" in environment:  # Ray reads it as a shell command
+        environment["py_executable"] = shlex.quote(environment["py_executable"])
+    return environment
+
+
+def teacher_environment(teacher: Teacher) -> dict[str, Any]:
+    """The run's own runtime environment with the teacher's changes: Serve lets a deployment inherit all or nothing."""
+    inherited = dict(ray.get_runtime_context().runtime_env)
+    changes = _own_environment(teacher)
+    env_vars = {**inherited.get("env_vars", {}), **changes.get("env_vars", {})}
+    return {**inherited, **changes, "env_vars": env_vars}
 
 
 def teacher_deployment(teacher: Teacher) -> dict[str, Any]:
     """Options of a teacher's Serve deployment.
 
     A replica computes one unit at a time and holds the next, so that it never waits for work; autoscaling follows the
-    units in flight, from zero and back.
+    units in flight, from zero and back. One that is split over GPUs gets them on one node, by a placement group.
     """
+    actor: dict[str, Any] = {"num_cpus": teacher.cpus, "num_gpus": teacher.gpus}
+    if teacher.runtime_env is not None:
+        actor["runtime_env"] = teacher_environment(teacher)
+    group = {"placement_group_bundles": [{"CPU": teacher.cpus, "GPU": teacher.gpus}]} if teacher.gpus > 1 else {}
     return {
-        "ray_actor_options": {"num_cpus": teacher.cpus, "num_gpus": teacher.gpus},
+        "ray_actor_options": actor,
+        **group,
         "max_ongoing_requests": 4,
         "max_queued_requests": 1024,
         "max_constructor_retry_count": 2,

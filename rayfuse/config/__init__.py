@@ -18,6 +18,7 @@ from __future__ import annotations
 from rayfuse.config.baselines import KL, ULD, FuseChat, FuseLLM, MiniLogit, ULDHybrid
 from rayfuse.config.data import Benchmark, Data, Signals
 from rayfuse.config.endpoint import Endpoint, Stored
+from rayfuse.config.environment import RuntimeEnv
 from rayfuse.config.loading import apply_override, config_json, load_config, parse_config
 from rayfuse.config.methods import STAGES
 from rayfuse.config.models import Model, Student
@@ -39,6 +40,7 @@ from rayfuse.config.stages import (
     Trust,
 )
 from rayfuse.config.teachers import Replicas, Teacher
+from rayfuse.config.vllm import VLLM
 
 __all__ = [
     "DPO",
@@ -46,6 +48,7 @@ __all__ = [
     "SFT",
     "STAGES",
     "ULD",
+    "VLLM",
     "Benchmark",
     "ByteKD",
     "Cluster",
@@ -66,6 +69,7 @@ __all__ = [
     "Preference",
     "RankDistillation",
     "Replicas",
+    "RuntimeEnv",
     "Section",
     "Signals",
     "Stage",

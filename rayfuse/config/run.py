@@ -120,6 +120,17 @@ class Config(Section):
                 paths["endpoint"] = section.endpoint.model_copy(update=absolute)
             return section.model_copy(update=paths)
 
+        def teacher(section: Teacher) -> Teacher:
+            environment = section.runtime_env
+            if environment is None or environment.py_executable is None:
+                return model(section)
+            # Not resolved: the link to the interpreter is what makes it that of a virtual environment.
+            python = Path(environment.py_executable).expanduser().absolute()
+            if not python.exists():  # it may be there on other nodes
+                return model(section)
+            named_whole = environment.model_copy(update={"py_executable": str(python)})
+            return model(section.model_copy(update={"runtime_env": named_whole}))
+
         def file(section: Any) -> Any:
             return section and section.model_copy(update={"path": _absolute(section.path)})
 
@@ -127,7 +138,7 @@ class Config(Section):
         return self.model_copy(
             update={
                 "student": model(self.student),
-                "teachers": tuple(model(teacher) for teacher in self.teachers),
+                "teachers": tuple(teacher(section) for section in self.teachers),
                 "data": file(self.data),
                 "preferences": file(self.preferences),
                 "evaluate": file(self.evaluate),

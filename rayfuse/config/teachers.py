@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from rayfuse.config.endpoint import Endpoint, Stored
+from rayfuse.config.environment import RuntimeEnv
 from rayfuse.config.models import Model
 from rayfuse.config.section import Section, named
+from rayfuse.config.vllm import VLLM
 
 
 class Replicas(Section):
@@ -29,16 +31,20 @@ class Teacher(Model):
     """A model that answers "what would you say next?"."""
 
     name: str = Field("", description="short name in metrics and reports; default: the last part of `model`")
-    backend: Literal["transformers", "openai", "store"] = Field(
+    backend: Literal["transformers", "vllm", "openai", "store"] = Field(
         "transformers",
         description="what answers: an engine here, a server elsewhere (openai), or what was answered before (store)",
     )
     weight: float = Field(1.0, gt=0, description="w_s of the loss: how much this teacher counts")
     replicas: Replicas = Replicas()
     cpus: float = Field(1.0, gt=0, description="CPU cores per replica")
-    gpus: float = Field(0.0, ge=0, le=1, description="GPU per replica, or a share of one; 0: on the CPU")
+    gpus: float = Field(
+        0.0, ge=0, description="GPU per replica, or a share of one; 0: on the CPU; more than one: with vllm only"
+    )
     batch_tokens: int = Field(16384, ge=64, description="tokens of one forward pass; lower it at out-of-memory")
     patience_s: float = Field(600.0, gt=0, description="seconds to retry a teacher that does not answer")
+    runtime_env: RuntimeEnv | None = Field(None, description="interpreter and packages of its own; default: the run's")
+    vllm: VLLM | None = Field(None, description="options of backend vllm")
     endpoint: Annotated[Endpoint | None, BeforeValidator(lambda value: named(value, "url"))] = Field(
         None, description="backend openai: the server; `model` is then a name, and `tokenizer` where its tokenizer is"
     )
@@ -49,12 +55,14 @@ class Teacher(Model):
     @model_validator(mode="before")
     @classmethod
     def _sections_of_the_backend(cls, value: Any) -> Any:
-        """Fill in the name that the server is asked for (before paths are made absolute), and the store's section."""
+        """Fill in the name that a server is asked for (before paths are made absolute), and a backend's section."""
         if not isinstance(value, dict):
             return value
         endpoint = named(value.get("endpoint"), "url")
         if isinstance(endpoint, dict) and not endpoint.get("model"):
             value = {**value, "endpoint": {**endpoint, "model": value.get("model", "")}}
+        if value.get("backend") == "vllm" and value.get("vllm") is None:
+            value = {**value, "vllm": {}}
         if value.get("backend") == "store" and value.get("stored") is None:
             value = {**value, "stored": {}}
         return value
@@ -70,4 +78,25 @@ class Teacher(Model):
             raise ValueError(f"backend {self.backend} has no `stored` section; it belongs to `backend: store`")
         if self.backend in ("openai", "store") and self.gpus:
             raise ValueError(f"backend {self.backend} runs no model here: gpus must be 0, but is {self.gpus:g}")
+        if self.vllm is None and self.gpus > 1:
+            raise ValueError(f"gpus is {self.gpus:g}: backend {self.backend} runs on one GPU; use backend vllm")
+        if (self.backend == "vllm") != (self.vllm is not None):
+            raise ValueError(f"the section vllm is for backend vllm, not {self.backend}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_vllm(self) -> Teacher:
+        if self.vllm is None:
+            return self
+        if self.gguf_file:
+            raise ValueError("backend vllm loads safetensors; for a gguf_file use backend transformers")
+        split = self.vllm.tensor_parallel
+        if (self.gpus > 1 or (self.gpus and split > 1)) and self.gpus != split:
+            raise ValueError(f"gpus ({self.gpus:g}) and vllm.tensor_parallel ({split}) must be equal")
+        share = self.vllm.gpu_memory_utilization
+        if share is not None and 0 < self.gpus < 1 and share >= self.gpus:
+            raise ValueError(
+                f"vllm.gpu_memory_utilization ({share:g}) must be below the share of a GPU that `gpus` reserves "
+                f"({self.gpus:g}): the logits of prompts need the difference"
+            )
         return self

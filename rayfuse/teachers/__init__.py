@@ -47,11 +47,21 @@ def _transformers(teacher: Teacher, k: int) -> Backend:
     return TransformersTeacher(teacher, k)
 
 
+def _vllm(teacher: Teacher, k: int) -> Backend:
+    from rayfuse.teachers.vllm import VLLMTeacher
+
+    return VLLMTeacher(teacher, k)
+
+
 def _openai(teacher: Teacher, k: int) -> Backend:
     from rayfuse.teachers.openai import OpenAITeacher
 
     return OpenAITeacher(teacher, k)
 
 
-BACKENDS: dict[str, Callable[[Teacher, int], Backend]] = {"transformers": _transformers, "openai": _openai}
+BACKENDS: dict[str, Callable[[Teacher, int], Backend]] = {
+    "transformers": _transformers,
+    "vllm": _vllm,
+    "openai": _openai,
+}
 """Backend by its name in the configuration; each is imported when it is used. `store` has none: nothing answers."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import multiprocessing
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from ray import serve
@@ -23,7 +25,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from rayfuse import resources
 from rayfuse.config import Teacher
 from rayfuse.data import Sample
-from rayfuse.errors import RayfuseError, TeacherError
+from rayfuse.errors import DeadEngineError, RayfuseError, TeacherError
 from rayfuse.signals import TopKSignals, pack, unpack
 from rayfuse.teachers import BACKENDS
 
@@ -65,6 +67,8 @@ class TeacherReplica:
             raise TeacherError(
                 f"teacher {self.name} is out of memory: lower its batch_tokens, or data.unit_size. {error}"
             ) from error
+        except DeadEngineError as error:
+            self._leave(error)
         except torch.AcceleratorError as error:
             # After a fault of the device every later call of this process fails too: let Serve replace it.
             self.broken = str(error)
@@ -74,11 +78,31 @@ class TeacherReplica:
         """Called by Serve; raises where this copy can answer no more, and is then replaced."""
         if self.broken:
             raise TeacherError(f"teacher {self.name}: the device failed: {self.broken}")
+        if hasattr(self.backend, "check_health"):
+            try:
+                self.backend.check_health()
+            except DeadEngineError as error:
+                self._leave(error)
+
+    def __del__(self) -> None:
+        """Called by Serve when it takes this copy away: an engine in processes of its own ends with it."""
+        if hasattr(self, "backend") and hasattr(self.backend, "close"):
+            self.backend.close()
+
+    def _leave(self, error: DeadEngineError) -> NoReturn:
+        """End this process at once, with what its engine left behind: Serve starts another, and callers ask again.
+
+        Raising would keep a copy that can answer nothing until Serve has noticed, and sys.exit only ends the thread.
+        """
+        log.error("%s", error)
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(1)
 
 
 def application_name(teacher: Teacher, fingerprint: str) -> str:
     """The Serve application of a teacher: runs that ask for the same answers by the same means share it."""
-    means = teacher.model_dump_json(include={"cpus", "gpus", "batch_tokens", "replicas"})
+    means = teacher.model_dump_json(include={"cpus", "gpus", "batch_tokens", "replicas", "runtime_env", "vllm"})
     return f"rayfuse-teacher-{fingerprint}-{hashlib.sha256(means.encode()).hexdigest()[:8]}"
 
 

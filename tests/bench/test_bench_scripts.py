@@ -24,6 +24,7 @@ SCRIPTS = {
         [],
         [r"^padding, chat", r"^3 teachers  raw actors .* 1\.00 x", r"^3 teachers .* cold store", r"^2 replicas"],
     ),
+    "teachers": ([], [r"^score, transformers .* 1\.00 x transformers"]),
     "targets": ([], [r"^qwen +tokens .* us per token and teacher", r"^tekken +mined .* us per token"]),
     "endtoend": (
         ["--folder"],

@@ -1,4 +1,4 @@
-"""What tests of remote teachers share."""
+"""What tests of teachers share: a certificate for remote ones, and real vLLM."""
 
 import datetime
 import ipaddress
@@ -8,6 +8,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from tests.teachers.vllm_server import smollm2_folder, vllm_python, vllm_server
+
+__all__ = ["certificate", "smollm2_folder", "vllm_python", "vllm_server"]
 
 
 @pytest.fixture(scope="session")

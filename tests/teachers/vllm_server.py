@@ -1,11 +1,7 @@
 """Real vLLM for tests: the interpreter that has it, SmolLM2-135M as a folder, and an OpenAI-compatible server of it.
 
-vLLM lives in an environment of its own (`make vllm` makes `.venv-vllm`; RAYFUSE_VLLM_PYTHON names another). Test files
-import the fixtures by name:
-
-    from tests.teachers.vllm_server import smollm2_folder, vllm_python, vllm_server  # noqa: F401
-
-Tests that use them are skipped where there is no such interpreter.
+vLLM lives in an environment of its own (`make vllm` makes `.venv-vllm`; RAYFUSE_VLLM_PYTHON names another). The tests
+of this folder use the fixtures by name, and are skipped where there is no such interpreter.
 """
 
 import ctypes
