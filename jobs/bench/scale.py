@@ -139,11 +139,6 @@ def bytes_per_token(inputs: Inputs) -> int:
     return 5 * inputs.k + 9
 
 
-def bytes_read_per_token(inputs: Inputs) -> int:
-    """What InfiFusion reads of them from a warm store: the ranks' log-probabilities and the width."""
-    return 2 * inputs.k + 1
-
-
 # --- the simulation ------------------------------
 
 
@@ -210,7 +205,6 @@ def simulate(inputs: Inputs, nodes: int, ranks: int, replicas: tuple[int, ...], 
         barrier_s += sum(end - at for at in clock) + sync * ranks
         clock = [end + sync] * ranks
     length = clock[0]
-    stored = bytes_per_token(inputs) if ask else bytes_read_per_token(inputs)
     return Result(
         hours=length / 3600,
         gpus=ranks + sum(replicas) * (not warm),
@@ -219,7 +213,7 @@ def simulate(inputs: Inputs, nodes: int, ranks: int, replicas: tuple[int, ...], 
         barrier=barrier_s / length / ranks,
         teachers_busy=tuple(b / length / count for b, count in zip(busy, replicas, strict=True)),
         cpu_busy=sum(cpu_s) / length / len(cpus),
-        store_bytes_s=sum(tokens) * stored * len(inputs.teachers) / length,
+        store_bytes_s=sum(tokens) * bytes_per_token(inputs) * len(inputs.teachers) / length,
     )
 
 
@@ -303,13 +297,12 @@ def page(inputs: Inputs, nodes_list: tuple[int, ...]) -> None:
     tokens_s = 8 / (student_seconds(first, 1e6) + sum(teacher_seconds(first, t, 1e6) for t in first.teachers)) * 1e6
     per_core = 1e6 / (inputs.prepare_us + inputs.store_us + len(inputs.teachers) * inputs.replica_us)
     store = bytes_per_token(inputs) * len(inputs.teachers)
-    batch = 28 * len(inputs.teachers) + 40  # bytes per token of a FusionBatch
     table(
         ["resource", "a node of 8 GPUs offers", "the run asks of it", "used"],
         [
             ["GPUs, teachers and student together", f"{tokens_s:,.0f} tokens/s", "all of it", "100 %"],
             _use("prepare tasks and packing, tokens/s", per_core * inputs.cores, tokens_s),
-            _use("network to the students, MB/s", 8 * inputs.network / 1e6, tokens_s * batch / 1e6),
+            _use("network to the students, MB/s", 8 * inputs.network / 1e6, tokens_s * (28 * 3 + 24) / 1e6),
             _use("store writes, MB/s (a shared file system of 1 GB/s per node)", 1000, tokens_s * store / 1e6),
         ],
     )

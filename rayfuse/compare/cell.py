@@ -58,7 +58,7 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     model = _untrained(bench, cell)
     if model is None:
         config = config_of(bench, cell, folder / "run")
-        trained = train_cell(bench, config)
+        trained = train_cell(bench, cell, config)
         measured = trained.measured
         model = folder / "model"  # methods that go on from this one find it there
         trained.model.rename(model)
@@ -134,13 +134,14 @@ class Trained:
     measured: dict[str, Any]
 
 
-def train_cell(bench: Bench, config: Config) -> Trained:
+def train_cell(bench: Bench, cell: Cell, config: Config) -> Trained:
     """All stages, one after the other, in this process."""
     fingerprints = _fingerprints(config)
     sources = {
         preferences: _source(config, preferences)
         for preferences in sorted({stage.uses_preferences for stage in config.stages})
     }
+    kept = None if cell.purpose == "cost" else bench.work / "students"
     wall, cpu = time.monotonic(), time.process_time()
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts again
     for index in range(len(config.stages)):
@@ -148,12 +149,10 @@ def train_cell(bench: Bench, config: Config) -> Trained:
         if job.spec.teachers:
             deployment.deploy(job.spec.teachers, config.signals.k)
         if isinstance(job.stage, TeacherStage) and job.stage.merge is not None:
-            train_pairwise(job, job.stage.merge, partial(_train_once, bench.work / "students"), at_once=1)
+            train_pairwise(job, job.stage.merge, partial(_train_once, kept) if kept else train_here, at_once=1)
         else:
             train_here(job)
     measured = {
-        "steps": sum(stage.steps or 0 for stage in config.stages),
-        "texts": sum((stage.steps or 0) * stage.batch_size * (1 + stage.uses_preferences) for stage in config.stages),
         "train_seconds": round(time.monotonic() - wall, 3),
         "train_cpu_seconds": round(time.process_time() - cpu, 3),
         "peak_mib": _peak_mib(),
@@ -175,8 +174,11 @@ def _train_once(kept: Path, job: StageJob) -> Path:
     made_of = [stage, job.spec.teachers[0][1], job.spec.k, job.config.data.path, job.config.seed, job.start]
     model = kept / hashlib.sha256(json.dumps(made_of).encode()).hexdigest() / "model"
     if not model.exists():
-        model.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(train_here(job), model)
+        trained = train_here(job)
+        beside = model.with_name(f".model.{os.getpid()}")
+        shutil.copytree(trained, beside)
+        if not model.exists():  # another cell was faster
+            beside.rename(model)
     return model
 
 
@@ -202,7 +204,10 @@ def _teacher_use(config: Config) -> dict[str, float]:
     def total(*kinds: str) -> float:
         return sum(record[name] for record in records for name in record if name.split("/")[0] in kinds)
 
+    batches = {stage.method: stage.batch_size * (1 + stage.uses_preferences) for stage in config.stages}
     return {
+        "steps": len(records),
+        "texts": sum(batches[record["stage"].split("/")[0].split("-", 1)[1]] for record in records),
         "tokens": sum(record["tokens"] for record in records),
         "wait_seconds": round(sum(record["wait_share"] * record["seconds"] for record in records), 3),
         "step_seconds": round(sum(record["seconds"] for record in records), 3),
