@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rayfuse.charts import Curve, curve_panel, window
 from rayfuse.config import config_json, parse_config
-from rayfuse.report import duration, result_table, write_report
+from rayfuse.report import DISTANCES, duration, result_table, write_report
 from rayfuse.results import Score, best, columns, difference, headline
 
 VOID = {"meta", "br", "link", "img"}
@@ -139,6 +139,17 @@ def test_the_page_holds_the_runs_numbers(folder: Path) -> None:
     assert "25% of 20.0 s waiting" in text  # five of ten steps at one half
     assert "malformed rows, skipped3the first: line 17: no messages" in text
     assert '"learning_rate": 1e-05' in text
+
+
+@pytest.mark.parametrize("prefix", ["loss_uld/", "loss_kl/", "loss_mse/", "loss_hybrid/"])
+def test_the_distance_to_each_teacher_is_drawn_whatever_the_method_calls_it(folder: Path, prefix: str) -> None:
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("loss_uld/", prefix))
+    page = Balanced(write_report(folder).read_text())
+    assert page.faults == []
+    assert "distance to each teacher" in page.text
+    assert DISTANCES[prefix] in page.text
+    assert "2.05" in page.text  # 2 + 1/20, the curve's end
 
 
 def test_the_best_of_pivot_and_stages_is_marked(folder: Path) -> None:
