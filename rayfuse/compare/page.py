@@ -82,6 +82,12 @@ def _lines(raw: RawResults, tables: dict[tuple[str, str], pd.DataFrame]) -> Iter
                 yield f"### {plan.conditions[condition].title}"
                 yield ""
                 yield from _ablation_table(plan, tables[condition, "ablation"])
+    yield ""
+    yield "## Tuning"
+    yield ""
+    yield from plan.notes.get("tuning", "").strip().splitlines()
+    yield ""
+    yield from _tuning_table(raw)
     costs = raw.costs()
     if not costs.empty:
         yield ""
@@ -167,6 +173,17 @@ def _ablation_table(plan: Plan, table: pd.DataFrame) -> Iterator[str]:
             f"| {record['title']} | {record['settings']} | {record['seeds']} | {_share(record['all'])} | "
             f"{plan.title(record['compare_to'])} | {_points(record['difference'])} | {record['bits'].mean:.3f} | "
             f"{_plain(record['bits_difference'])} |"
+        )
+
+
+def _tuning_table(raw: RawResults) -> Iterator[str]:
+    yield "| method | settings | validation items right | bits per byte | |"
+    yield "|---|---|---|---|---|"
+    for record in raw.tuning():
+        mark = "chosen" if record["chosen"] else ""
+        yield (
+            f"| {record['title']} | {record['settings']} | {record['right']:.1%} | "
+            f"{record['bits_per_byte']:.3f} | {mark} |"
         )
 
 

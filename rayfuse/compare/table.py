@@ -11,7 +11,7 @@ import pandas as pd
 
 from rayfuse.compare.plan import Plan
 from rayfuse.compare.statistics import Estimate, crossed_interval, seed_interval
-from rayfuse.compare.tuning import best_settings, donated
+from rayfuse.compare.tuning import best_settings, donated, right
 from rayfuse.quickstart.world import EXPERTS
 
 
@@ -80,7 +80,7 @@ class RawResults:
         """What was chosen by tuning, as `key value` pairs; empty where nothing was."""
         rows = self.reported(method, condition)
         changes: list[dict[str, Any]] = json.loads(rows.settings.iloc[-1])
-        return ", ".join(f"{key} {value:g}" for change in changes for key, value in change.items())
+        return ", ".join(filter(None, map(_settings_text, changes)))
 
     def main_table(self, condition: str, part: str) -> pd.DataFrame:
         """One row per measured method of a part of the plan: accuracies, differences, bits per byte."""
@@ -104,6 +104,29 @@ class RawResults:
             )
         return pd.DataFrame(records)
 
+    def tuning(self) -> list[dict[str, Any]]:
+        """What every tuning cell gave on the validation items, by method."""
+        by_cell = {str(row["cell"]): row for row in self.rows.to_dict("records")}
+        records = []
+        for name, method in self.plan.methods.items():
+            chosen, best = donated(self.plan, by_cell, name), best_settings(self.plan, by_cell, name)
+            if chosen is None or not method.tune:
+                continue
+            for settings, cell in zip(method.tune, self.plan.tuning(name, chosen), strict=True):
+                row = by_cell.get(cell.name)
+                if row is not None:
+                    items = len(EXPERTS) * self.plan.sizes.validation
+                    records.append(
+                        {
+                            "title": self.plan.title(name),
+                            "settings": _settings_text(settings),
+                            "right": right(row) / items,
+                            "bits_per_byte": row["bits_per_byte"],
+                            "chosen": settings == best,
+                        }
+                    )
+        return records
+
     def costs(self) -> pd.DataFrame:
         """What a step of each method takes: one row per measured method."""
         rows = self.rows[self.rows.purpose == "cost"].drop_duplicates("method", keep="last").set_index("method")
@@ -122,3 +145,7 @@ class RawResults:
             },
             index=known,
         )
+
+
+def _settings_text(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:g}" for key, value in settings.items())

@@ -1,0 +1,133 @@
+"""The page from made-up results: its numbers are those of the Parquet, worked out here another way."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from rayfuse.compare.page import write_page
+from rayfuse.compare.plan import Plan
+from rayfuse.quickstart.world import EXPERTS
+
+ITEMS = 40
+PLAN = Plan.model_validate(
+    {
+        "sizes": {"steps": 4, "batch_size": 16, "unit_size": 8, "test": ITEMS, "validation": ITEMS},
+        "seeds": [1, 2, 3],
+        "tuning_seed": 0,
+        "tuning_condition": "wrong",
+        "conditions": {
+            "clean": {"title": "Clean", "rows": 20, "learning_rate": 1e-3},
+            "wrong": {"title": "30% wrong", "rows": 20, "wrong": 0.3, "learning_rate": 1e-3},
+        },
+        "cost_condition": "wrong",
+        "methods": {
+            "pivot": {"model": "pivot"},
+            "sft": {"title": "SFT", "stages": [{"method": "sft"}]},
+            "infifusion": {
+                "title": "InfiFusion",
+                "stages": [{"method": "infifusion"}],
+                "tune": [{"lam": 0.1}, {"lam": 0.5}],
+            },
+            "k2": {
+                "part": "ablation",
+                "stages": [{"method": "infifusion", "k": 2}],
+                "like": "infifusion",
+                "compare_to": "infifusion",
+            },
+        },
+        "questions": [["infifusion", "sft"]],
+    }
+)
+SHARES = {"pivot": 0.3, "sft": 0.4, "infifusion": 0.6, "k2": 0.6}
+
+
+def _row(cell, rng: np.random.Generator, share: float) -> dict:
+    marks = {f"right_{skill}": "".join(map(str, rng.binomial(1, share, ITEMS))) for skill in EXPERTS}
+    return {**vars(cell), "cell": cell.name, **marks, "bits_per_byte": float(rng.uniform(0.4, 0.6))}
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    """Every cell of the plan; of the two settings of InfiFusion the second is right more often."""
+    rng = np.random.default_rng(0)
+    rows = [_row(cell, rng, share) for cell, share in zip(PLAN.tuning("infifusion", {}), (0.2, 0.7), strict=True)]
+    chosen = {"infifusion": {"lam": 0.5}}
+    for name in PLAN.methods:
+        for condition in PLAN.conditions:
+            rows += [_row(cell, rng, SHARES[name]) for cell in PLAN.reported(name, condition, chosen)]
+    for cell in PLAN.costs("infifusion", chosen):
+        measured = {"steps": 10, "texts": 160, "step_seconds": 5.0, "wait_seconds": 3.0, "peak_mib": 512.0}
+        signals = {"forwarded": 480, "signal_bytes": 7600, "signal_rows": 100}
+        rows.append({**_row(cell, rng, 0.5), **measured, **signals})
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def page(table, tmp_path) -> str:
+    table.to_parquet(tmp_path / "results.parquet")
+    return write_page(PLAN, tmp_path / "results.parquet", tmp_path).read_text()
+
+
+def _marks(table: pd.DataFrame, method: str, condition: str) -> np.ndarray:
+    """[seeds, items] of 0 and 1."""
+    rows = table[(table.method == method) & (table.condition == condition) & (table.purpose == "report")]
+    texts = [row.right_math + row.right_code + row.right_instruct for row in rows.itertuples()]
+    return np.array([[int(mark) for mark in text] for text in texts])
+
+
+def _cells(page: str, section: str, title: str) -> list[str]:
+    lines = page.split(f"\n{section}\n")[1].splitlines()
+    line = next(line for line in lines if line.startswith(f"| {title} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_accuracies_and_differences(page, table):
+    for condition, section in (("clean", "## Clean"), ("wrong", "## 30% wrong")):
+        cells = _cells(page, section, "InfiFusion")
+        assert cells[1:3] == ["lam 0.5", "3"]
+        ours, sft = _marks(table, "infifusion", condition), _marks(table, "sft", condition)
+        assert cells[6].startswith(f"{ours.mean():.1%} (")
+        mean, low, high = map(float, re.findall(r"[+-][0-9.]+", cells[7]))
+        assert mean == pytest.approx(100 * (ours - sft).mean(), abs=0.05)
+        # No effect of seeds or items was drawn: the interval is about that of all differences taken as independent.
+        error = 100 * (ours - sft).std(ddof=1) / ours.size**0.5
+        assert (high - low) / 2 == pytest.approx(stats.norm.ppf(0.975) * error, rel=0.9)
+        assert low < mean < high
+        assert cells[7].startswith("**") == (low > 0 or high < 0)
+
+
+def test_bits_per_byte_are_paired_by_seed(page, table):
+    reported = table[(table.purpose == "report") & (table.condition == "wrong")].set_index("seed")
+    ours, sft = (reported[reported.method == name].bits_per_byte for name in ("infifusion", "sft"))
+    interval = stats.ttest_rel(ours, sft).confidence_interval(0.95)
+    cells = _cells(page, "## 30% wrong", "InfiFusion")
+    assert cells[8] == f"{ours.mean():.3f}"
+    assert cells[9] == f"{(ours - sft).mean():+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+
+
+def test_summary_tuning_ablation_and_cost(page, table):
+    assert "Above SFT: InfiFusion (+" in page
+    tuning = {json.loads(row.settings)[0]["lam"]: row for row in table[table.purpose == "tune"].itertuples()}
+    for lam, mark in ((0.1, ""), (0.5, "chosen")):
+        line = next(line for line in page.split("## Tuning")[1].splitlines() if f"| lam {lam} |" in line)
+        right = (tuning[lam].right_math + tuning[lam].right_code + tuning[lam].right_instruct).count("1")
+        assert f"| {right / (3 * ITEMS):.1%} |" in line
+        assert line.endswith(f"| {mark} |")
+    assert _cells(page, "### Clean", "k2")[4] == "InfiFusion"
+    assert _cells(page, "## Cost", "InfiFusion")[1:] == ["0.200", "0.300", "512", "3.0", "76"]
+
+
+def test_plots_hold_a_dot_for_each_trained_method(page, tmp_path):
+    main = (tmp_path / "results-main.svg").read_text()
+    assert main.count("<circle") == 2  # InfiFusion in two conditions; SFT is the line, the pivot is not trained
+    assert (tmp_path / "results-ablation.svg").read_text().count("<circle") == 2
+
+
+def test_what_is_not_measured_is_said(table, tmp_path):
+    table[(table.condition == "clean") | (table.purpose != "report")].to_parquet(tmp_path / "results.parquet")
+    text = write_page(PLAN, tmp_path / "results.parquet", tmp_path).read_text()
+    assert "Not measured yet." in text.split("\n## 30% wrong\n")[1]
