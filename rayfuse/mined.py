@@ -178,18 +178,19 @@ def warp(teacher: Sequence[bytes], student: Sequence[bytes]) -> np.ndarray:
     """The only teacher token that each student token is warped to: int64 [n], -1 where there are several.
 
     Dynamic time warping of m teacher tokens with n student tokens. Of several best paths, the one that FuseLLM takes:
-    from the end, a step on both sides before one on the teacher's side before one on the student's. O(m n) in numpy.
+    from the end, a step on both sides before one on the teacher's side before one on the student's. O(m n) in numpy,
+    and 8 m n bytes.
     """
     m, n = len(teacher), len(student)
     if not m or not n:
         return np.full(n, -1, dtype=np.int64)
     cost_mn = _costs(teacher, student)
-    total_mn = np.empty((m, n), dtype=np.int64)
+    total_mn = np.empty((m, n), dtype=np.int32)
     total_mn[0] = np.cumsum(cost_mn[0])
     for i in range(1, m):
         # A row in one pass: T[j] = c[j] + min(a[j], T[j-1]) is the running minimum of a[j] - S[j-1], plus S[j].
         before = np.minimum(total_mn[i - 1], np.concatenate((total_mn[i - 1, :1], total_mn[i - 1, :-1])))
-        sums = np.cumsum(cost_mn[i])
+        sums = np.cumsum(cost_mn[i], dtype=np.int32)
         total_mn[i] = sums + np.minimum.accumulate(before - (sums - cost_mn[i]))
     partner = np.full(n, -1, dtype=np.int64)
     partners = np.zeros(n, dtype=np.int64)
@@ -220,4 +221,4 @@ def _costs(teacher: Sequence[bytes], student: Sequence[bytes]) -> np.ndarray:
     unique = [sorted(set(side), key=lambda piece: (-min(len(piece), WORD), piece)) for side in sides]
     where = [{piece: index for index, piece in enumerate(side)} for side in unique]
     rows, columns = (np.array([where[s][piece] for piece in sides[s]]) for s in (0, 1))
-    return edit_distances(unique[0], Texts(unique[1]))[rows[:, None], columns]
+    return edit_distances(unique[0], Texts(unique[1])).astype(np.int32)[rows[:, None], columns]
