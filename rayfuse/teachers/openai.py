@@ -8,6 +8,7 @@ probe makes sure that the server can be a teacher at all. `lse` is NaN: such a s
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -49,6 +50,7 @@ class OpenAITeacher:
         self.endpoint = teacher.endpoint
         self.k = k
         self.renderer = Renderer(load_tokenizer(teacher))
+        self.rendering = threading.Lock()  # a tokenizer is not made for several threads at once
         self.vocab_size = vocabulary_size(self.renderer.tokenizer)
         if k > self.vocab_size:
             raise TeacherError(f"signals.k is {k}, but {teacher.name} has only {self.vocab_size} tokens")
@@ -71,7 +73,8 @@ class OpenAITeacher:
             AlignmentError: the tokenizer does not keep a response's bytes.
             TeacherError: the server does not answer, or answers what cannot be true.
         """
-        rendered = [self.renderer.render(sample, self.context) for sample in samples]
+        with self.rendering:
+            rendered = [self.renderer.render(sample, self.context) for sample in samples]
         return self.connection.run(self._score(rendered))
 
     def generate(
@@ -93,7 +96,8 @@ class OpenAITeacher:
             seed: of the sampling; each request has its own, made of it and the prompt.
         """
         room = max(1, self.context - max_new_tokens)
-        prompts = [self.renderer.prompt_ids(sample)[-room:] for sample in samples]
+        with self.rendering:
+            prompts = [self.renderer.prompt_ids(sample)[-room:] for sample in samples]
 
         async def all_of_them() -> list[str]:
             slots = asyncio.Semaphore(batch_size)
