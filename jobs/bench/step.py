@@ -1,7 +1,7 @@
 """Seconds per optimiser step of SFT, InfiFusion and InfiGFusion on one student, the teachers' signals being there.
 
     python jobs/bench/step.py [--hidden 384] [--layers 4] [--vocabulary 65536] [--steps 8] [--threads 1] [--profile]
-        [--quick]
+        [--device cuda --dtype bfloat16] [--quick]
 
 One process, one student, one optimiser: the methods take turns step by step, on batches that a Preparer made beforehand
 from a warm store, so that only the student's own time is compared. The teachers are three stubs with random top-10
@@ -99,17 +99,23 @@ def make_batches(
 
 def one_step(engine: TorchEngine, stage: Stage, batch: FusionBatch) -> Phases:
     """What a worker does for a step of one unit; seconds of its phases, and processor seconds of the whole."""
+
+    def now() -> float:
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     cpu = time.process_time()
-    marks = [time.perf_counter()]
+    marks = [now()]
     head = engine.forward(batch, K)
-    marks.append(time.perf_counter())
+    marks.append(now())
     loss, parts = METHODS[stage.method].loss(stage, head, batch, batch.counts)
-    marks.append(time.perf_counter())
+    marks.append(now())
     engine.backward(loss)
-    marks.append(time.perf_counter())
+    marks.append(now())
     assert all(np.isfinite(float(value)) for value in [loss.detach(), *parts.values()])
     engine.step(1e-6)
-    marks.append(time.perf_counter())
+    marks.append(now())
     phases = [b - a for a, b in pairwise(marks)]
     return {**dict(zip(PHASES, phases, strict=True)), "seconds": sum(phases), "cpu": time.process_time() - cpu}
 
@@ -136,6 +142,8 @@ def main() -> None:
     parser.add_argument("--bytes", type=int, default=460, help="bytes per response; about 128 tokens with the prompt")
     parser.add_argument("--steps", type=int, default=8, help="steps per method; the median counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--profile", action="store_true", help="one more step of each under torch.profiler")
     parser.add_argument("--quick", action="store_true", help="a few seconds, numbers without meaning")
     args = parser.parse_args()
@@ -149,13 +157,13 @@ def main() -> None:
         starts = range(0, BATCHES * args.samples * args.bytes, args.bytes)
         rows = [Sample((("user", "Continue."),), text[start : start + args.bytes]) for start in starts]
         units = [rows[i : i + args.samples] for i in range(0, len(rows), args.samples)]
-        student = Student(model=str(folder), dtype="float32")
+        student = Student(model=str(folder), dtype=args.dtype)
         stages = {name: STAGES[name](method=name) for name in ("sft", "infifusion", "infigfusion")}
         batches, prepared = {}, {}
         for name in stages:
             batches[name], prepared[name] = make_batches(folder, name, units, student)
         torch.manual_seed(0)
-        engine = TorchEngine(student, student.model, stages["sft"], torch.device("cpu"))
+        engine = TorchEngine(student, student.model, stages["sft"], torch.device(args.device))
         measure(args.steps, engine, stages, batches, prepared)
         if args.profile:
             profile(engine, stages, batches)
@@ -178,7 +186,7 @@ def measure(
     print(
         f"student {parameters / 1e6:.0f}M parameters, vocabulary {engine.model.config.vocab_size:,}, "
         f"[B, T] = {list(batch.input_ids.shape)}, {len(batch.labels)} positions, {TEACHERS} teachers, k {K}, "
-        f"aligned with them {pairs}; float32, prepared beforehand"
+        f"aligned with them {pairs}; {engine.export_dtype} on {engine.device}, prepared beforehand"
     )
     taken: dict[str, list[Phases]] = {name: [] for name in stages}
     names = list(stages)
