@@ -1,17 +1,19 @@
 """What ULD costs: rayfuse on the fused head's top-K, against TRL 1.16's ULDLoss on full logits.
 
     python jobs/bench/losses.py [--positions 128 512 4096] [--student 100352 151936] [--hidden 512] [--runs 3]
-        [--trl-up-to 512] [--device cpu] [--dtype float32]
+        [--trl-up-to 512] [--threads 1] [--device cpu] [--dtype float32]
 
 Every case starts at the student's last hidden states, holds cross-entropy plus distillation, and ends with the
 gradients of hidden states and head weight. The teacher's answer is ready in each: [N, V] logits for TRL, top-K for
 rayfuse. "extra" is what distillation adds to the cross-entropy of the same kind of head. The teacher has the other one
-of the two vocabularies (Phi-4's 100,352 and Qwen's 151,936). TRL's own time per position grows with the length, and it
-holds several [N, V] tensors: beyond --trl-up-to positions it is left out, and so are the full logits.
+of the two vocabularies (Phi-4's 100,352 and Qwen's 151,936). With one thread, times are processor time. TRL's own time
+per position grows with the length, and it holds several [N, V] tensors: beyond --trl-up-to positions it is left out,
+and so are the full logits.
 """
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -111,7 +113,8 @@ def compare(positions: int, student: int, hidden_size: int, runs: int, peers: bo
     cases["fused head, cross-entropy only"] = lambda: fused(False)
     cases["rayfuse ULD by position"] = lambda: fused(True, False)
     cases["rayfuse ULD aligned"] = lambda: fused(True)
-    results = alternate(cases, runs, device)
+    clock = time.process_time if torch.get_num_threads() == 1 and device == "cpu" else time.perf_counter
+    results = alternate(cases, runs, device, clock)
     ours = results["rayfuse ULD aligned"][0]
     print(f"N {positions}, student {student:,}, teacher {teacher:,}: ms a step, extra ms a position, extra MiB, x ours")
     for name, (milliseconds, memory) in results.items():
@@ -129,12 +132,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--trl-up-to", type=int, default=512, help="positions up to which TRL is measured too")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quick", action="store_true", help="numbers without meaning")
     args = parser.parse_args()
     if args.quick:
         args.positions, args.student, args.hidden, args.runs, args.trl_up_to = [8, 16], [100_352], 16, 1, 8
+    torch.set_num_threads(args.threads)
     options = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     print(machine())
     print(f"k {K}, hidden {args.hidden}, {args.dtype}")
