@@ -22,6 +22,7 @@ class TeacherTarget:
             needs no alignment), the sorted node features [B, k] or, in exact mode, the graph itself [B, k, k].
         ids: [P, k] int64 or None: the student's tokens that write the same bytes as those of `logps`, -1 where the
             student has none.
+        teacher_ids: [P, k] int64 or None: the tokens of `logps` in the teacher's own vocabulary.
         unmatched: [ceil(V / 8)] uint8 or None: a bit per token of the student, 1 where the teacher has none of the same
             bytes.
         overlap: share of the teacher's tokens that the student has too; known where `unmatched` is.
@@ -35,6 +36,7 @@ class TeacherTarget:
     response_logps: np.ndarray | None = None
     response_tokens: np.ndarray | None = None
     ids: np.ndarray | None = None
+    teacher_ids: np.ndarray | None = None
     unmatched: np.ndarray | None = None
     overlap: float = 0.0
 

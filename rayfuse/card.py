@@ -26,12 +26,15 @@ from rayfuse.config import (
     InfiFusion,
     InfiGFusion,
     MiniLogit,
+    MultiLevelOT,
     Preference,
     RankDistillation,
+    Sinkhorn,
     Stage,
     TeacherStage,
     Trust,
     ULDHybrid,
+    WassersteinKL,
 )
 from rayfuse.results import ALL, BITS, best, caveat, columns, headline, label, score
 
@@ -199,6 +202,32 @@ def _uld_hybrid_text(stage: ULDHybrid, config: Config) -> str:
     return f"`uld_hybrid` (ULD with matched tokens, as in TRL's GOLD): {_weighted_text(stage, distance)}."
 
 
+def _multilevelot_text(stage: MultiLevelOT, config: Config) -> str:
+    distance = (
+        f"L1 distance between the scaled top-{_kept(stage, config)} distributions over the {stage.channels} tokens of "
+        f"most mass, with {stage.ce_weight:g} x a cross-entropy and {stage.sequence_weight:g} x a Sinkhorn distance "
+        "between positions"
+    )
+    paper = "[arXiv 2412.14528](https://arxiv.org/abs/2412.14528)"
+    return f"`multilevelot` (MultiLevelOT, {paper}): {_weighted_text(stage, distance)}."
+
+
+def _sinkhorn_text(stage: Sinkhorn, config: Config) -> str:
+    distance = (
+        f"Sinkhorn distance (entropy {stage.regularisation:g}, {stage.iterations} iterations) between the ranks of the "
+        f"top-{_kept(stage, config)} probabilities of teacher and student (temperature {stage.temperature:g})"
+    )
+    return f"`sinkhorn`: {_weighted_text(stage, distance)}."
+
+
+def _wasserstein_kl_text(stage: WassersteinKL, config: Config) -> str:
+    distance = (
+        f"mixture of {stage.mix:g} x Wasserstein and {1 - stage.mix:g} x KL between the ranks of the "
+        f"top-{_kept(stage, config)} probabilities of teacher and student (temperature {stage.temperature:g})"
+    )
+    return f"`wasserstein_kl`: {_weighted_text(stage, distance)}."
+
+
 def _fusellm_text(stage: FuseLLM | FuseChat, config: Config) -> str:
     name, paper = ("FuseLLM", "2401.10491") if isinstance(stage, FuseLLM) else ("FuseChat", "2408.07990")
     return (
@@ -255,6 +284,9 @@ STAGE_TEXTS: dict[type[Stage], Callable[[Any, Config], str]] = {
     ULDHybrid: _uld_hybrid_text,
     FuseLLM: _fusellm_text,
     FuseChat: _fusellm_text,
+    MultiLevelOT: _multilevelot_text,
+    Sinkhorn: _sinkhorn_text,
+    WassersteinKL: _wasserstein_kl_text,
     InfiFPO: _infifpo_text,
     DPO: _dpo_text,
 }

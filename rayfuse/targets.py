@@ -103,6 +103,14 @@ def tokens(unit: Unit, batch: FusionBatch) -> FusionBatch:
     return replace(batch, targets=tuple(targets), picks=picks)
 
 
+def teacher_ids(unit: Unit, batch: FusionBatch) -> FusionBatch:
+    """`teacher_ids` of each teacher: the tokens of `logps`, in its own vocabulary."""
+    targets = [
+        replace(target, teacher_ids=unit.at_pairs(s, "ids").astype(np.int64)) for s, target in enumerate(batch.targets)
+    ]
+    return replace(batch, targets=tuple(targets))
+
+
 def graphs(unit: Unit, batch: FusionBatch) -> FusionBatch:
     """`graph` of each teacher, over all of its rows: its logit graphs, or what the closed form needs of them
     (InfiGFusion)."""
@@ -210,6 +218,7 @@ Builder = Callable[[Unit, FusionBatch], FusionBatch]
 TARGETS: dict[str, Builder] = {
     "ranks": ranks,
     "tokens": tokens,
+    "teacher_ids": teacher_ids,
     "graphs": graphs,
     "responses": responses,
     "carried": carried,
@@ -221,6 +230,7 @@ TARGETS: dict[str, Builder] = {
 READS: dict[str, tuple[str, ...]] = {
     "ranks": ("logps", "byte_ends"),
     "tokens": ("logps", "ids", "byte_ends"),
+    "teacher_ids": ("ids", "byte_ends"),
     "graphs": ("logps",),
     "responses": ("token_logps",),
     "carried": ("logps", "ids", "token_logps", "byte_ends"),

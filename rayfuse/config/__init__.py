@@ -40,6 +40,7 @@ from rayfuse.config.stages import (
     Trust,
 )
 from rayfuse.config.teachers import Replicas, Teacher
+from rayfuse.config.transport import MultiLevelOT, Sinkhorn, WassersteinKL
 from rayfuse.config.vllm import VLLM
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "Merge",
     "MiniLogit",
     "Model",
+    "MultiLevelOT",
     "Place",
     "Preference",
     "RankDistillation",
@@ -72,6 +74,7 @@ __all__ = [
     "RuntimeEnv",
     "Section",
     "Signals",
+    "Sinkhorn",
     "Stage",
     "Stored",
     "Student",
@@ -79,6 +82,7 @@ __all__ = [
     "TeacherStage",
     "Trust",
     "ULDHybrid",
+    "WassersteinKL",
     "apply_override",
     "config_json",
     "load_config",

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Tag
 from rayfuse.config.baselines import KL, ULD, FuseChat, FuseLLM, MiniLogit, ULDHybrid
 from rayfuse.config.section import named
 from rayfuse.config.stages import DPO, SFT, ByteKD, InfiFPO, InfiFusion, InfiGFusion, Stage, Trust
+from rayfuse.config.transport import MultiLevelOT, Sinkhorn, WassersteinKL
 
 STAGES: dict[str, type[Stage]] = {
     "sft": SFT,
@@ -24,6 +25,9 @@ STAGES: dict[str, type[Stage]] = {
     "uld_hybrid": ULDHybrid,
     "fusellm": FuseLLM,
     "fusechat": FuseChat,
+    "multilevelot": MultiLevelOT,
+    "sinkhorn": Sinkhorn,
+    "wasserstein_kl": WassersteinKL,
 }
 
 

@@ -24,10 +24,13 @@ from rayfuse.stages.infifusion import infifusion_loss
 from rayfuse.stages.infigfusion import infigfusion_loss
 from rayfuse.stages.kl import kl_loss
 from rayfuse.stages.minilogit import minilogit_loss
+from rayfuse.stages.multilevelot import multilevelot_loss
 from rayfuse.stages.sft import sft_loss
+from rayfuse.stages.sinkhorn import sinkhorn_loss
 from rayfuse.stages.trust import trust_loss
 from rayfuse.stages.uld import uld_original_loss
 from rayfuse.stages.uld_hybrid import uld_hybrid_loss
+from rayfuse.stages.wasserstein_kl import wasserstein_kl_loss
 
 Parts = dict[str, torch.Tensor]
 Loss = Callable[[Any, Any, FusionBatch, Counts], tuple[torch.Tensor, Parts]]
@@ -64,6 +67,9 @@ METHODS: dict[str, Method] = {
     "uld_hybrid": Method(uld_hybrid_loss, targets=("ranks", "tokens", "unmatched"), lse_gradient=True),
     "fusellm": Method(fusellm_loss, targets=("mined",)),
     "fusechat": Method(fusellm_loss, targets=("mined",)),
+    "multilevelot": Method(multilevelot_loss, targets=("ranks", "teacher_ids")),
+    "sinkhorn": Method(sinkhorn_loss),
+    "wasserstein_kl": Method(wasserstein_kl_loss),
 }
 
 

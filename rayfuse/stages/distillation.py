@@ -41,6 +41,13 @@ def distill(
     return (1 - stage.lam) * sft + stage.lam * over_teachers(stage, batch, distances), parts
 
 
+def kept_ranks(head: HeadOutput, batch: FusionBatch, s: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both sides' own top k [P, k], sorted descending, at the P positions where teacher s meets the student: the
+    student's logits, differentiable, and the teacher's log-probabilities."""
+    target, device = batch.targets[s], head.topk.device
+    return head.topk[torch.from_numpy(target.rows).to(device)], torch.from_numpy(target.logps).to(device).float()
+
+
 def kept_tokens(head: HeadOutput, batch: FusionBatch, s: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Both sides of the tokens that teacher s kept, at the P positions where it meets the student.
 
