@@ -101,31 +101,38 @@ class Preparer:
     def _signals(self, samples: Sequence[Sample], stats: dict[str, float]) -> list[list[TopKSignals]]:
         """Per teacher the signals of each sample: from the store, and from the teacher where one is missing there.
 
-        A teacher always scores the whole unit, so that an answer computed again has the same bits; what the store
-        already holds is used as it is, and read no further than the targets need. All teachers are asked before the
-        first is waited for.
+        A teacher always scores a whole call, so that an answer computed again has the same bits; what the store already
+        holds is used as it is, and read no further than the targets need. A call is the unit; of preference pairs the
+        chosen responses are one call and the rejected ones another, for an earlier stage may have learnt from the
+        chosen ones. All calls are sent before the first is waited for.
         """
+        sides = 2 if self.spec.stage is not None and self.spec.stage.uses_preferences else 1
+        calls = [range(side, len(samples), sides) for side in range(sides)]
         found = [[self.store.get(fp, sample.key, self.fields) for sample in samples] for _, fp in self.spec.teachers]
-        waits = [
-            scorer.score(samples) if any(item is None for item in of_teacher) else None
+        asked = [
+            [
+                (call, scorer.score([samples[i] for i in call]))
+                for call in calls
+                if any(of_teacher[i] is None for i in call)
+            ]
             for scorer, of_teacher in zip(self.scorers, found, strict=True)
         ]
         signals = []
-        for (teacher, fp), of_teacher, wait in zip(self.spec.teachers, found, waits, strict=True):
-            missing = [index for index, item in enumerate(of_teacher) if item is None]
-            stats[f"stored/{teacher.name}"] = len(samples) - len(missing)
-            stats[f"forwarded/{teacher.name}"] = len(samples) if wait else 0
-            if wait is None:
-                signals.append([item for item in of_teacher if item is not None])
-                continue
-            answers = wait()
-            if len(answers) != len(samples):
-                raise MissingSignalsError(
-                    f"teacher {teacher.name} answered {len(answers)} of {len(samples)} samples of a unit"
-                )
-            for index in missing:
-                self.store.put(fp, samples[index].key, answers[index])
-            signals.append([answers[i] if item is None else item for i, item in enumerate(of_teacher)])
+        for (teacher, fp), of_teacher, waits in zip(self.spec.teachers, found, asked, strict=True):
+            stats[f"stored/{teacher.name}"] = sum(item is not None for item in of_teacher)
+            stats[f"forwarded/{teacher.name}"] = sum(len(call) for call, _ in waits)
+            complete = {i: item for i, item in enumerate(of_teacher) if item is not None}
+            for call, wait in waits:
+                answers = wait()
+                if len(answers) != len(call):
+                    raise MissingSignalsError(
+                        f"teacher {teacher.name} answered {len(answers)} of {len(call)} samples of a call"
+                    )
+                for i, answer in zip(call, answers, strict=True):
+                    if i not in complete:
+                        self.store.put(fp, samples[i].key, answer)
+                        complete[i] = answer
+            signals.append([complete[i] for i in range(len(samples))])
         stats["damaged"] = self.store.damaged
         self.store.damaged = 0
         return signals

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rayfuse.config import parse_config
 from rayfuse.errors import CheckpointError, TeacherError
 from rayfuse.fuse import fuse
+from rayfuse.metrics import read_metrics
 
 RAYFUSE = str(Path(sys.executable).with_name("rayfuse"))
 SKILLS = {"math", "code", "instruct"}
@@ -134,7 +135,10 @@ def test_the_three_methods_in_one_run(tiny, tmp_path, cluster):
     assert sum(r["forwarded/math"] for r in of_stage["infifusion"]) == 120
     assert sum(r["forwarded/math"] for r in of_stage["infigfusion"]) == 0
     assert all(r["gradient_ratio"] > 0 for r in of_stage["infigfusion"])
-    # Chosen texts are those of the data set: only the rejected ones are new to the teachers, but a unit is asked whole.
+    # Two passes over 120 pairs, whose chosen texts are those of the data: each text is forwarded once in the whole run.
+    for teacher in ("math", "code"):
+        assert sum(r.get(f"forwarded/{teacher}", 0) for r in records) == 2 * 120
+    assert [sum(r["forwarded/initial"] for r in of_stage[name]) for name in ("infifpo", "dpo")] == [240, 240]
     for name in ("infifpo", "dpo"):
         assert of_stage[name][-1]["loss"] < of_stage[name][0]["loss"]
         assert of_stage[name][-1]["margin"] > of_stage[name][0]["margin"]
@@ -244,6 +248,48 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tiny, tmp_path):
     assert set(mine) == set(twin)
     for name, value in twin.items():
         assert mine[name].numpy().tobytes() == value.numpy().tobytes()
+
+
+@pytest.mark.chaos
+def test_a_pipeline_killed_in_its_third_stage_and_resumed_ends_with_the_same_bits(tiny, tmp_path):
+    """Twins of SFT, InfiFusion, InfiGFusion, InfiFPO; finished stages stay, and no text is forwarded twice."""
+    methods = ("sft", "infifusion", "infigfusion", "infifpo")
+    common = {"steps": 15, "batch_size": 16, "learning_rate": 1e-3, "save_every": 2}
+    configs = {}
+    for name in ("whole", "killed"):
+        stages = [{"method": method, **common} for method in methods]
+        preferences = {"path": str(tiny.root / "pairs.jsonl"), "unit_size": 8, "max_length": 200}
+        configs[name] = tmp_path / f"{name}.yaml"
+        configs[name].write_text(yaml.safe_dump(tiny.tree(tmp_path / name, stages=stages, preferences=preferences)))
+    whole = _start(configs["whole"])
+    output, _ = whole.communicate(timeout=900)
+    assert whole.returncode == 0, output
+
+    killed, folder = _start(configs["killed"]), tmp_path / "killed"
+    deadline = time.monotonic() + 900
+    while sum(record["stage"] == "03-infigfusion" for record in _metrics(folder)) < 4:
+        assert killed.poll() is None, killed.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    stages = folder / "stages"
+    assert [(stages / f"{i:02d}-{m}/model").exists() for i, m in enumerate(methods, 1)] == [True, True, False, False]
+    time.sleep(3)
+
+    resumed = _start(configs["killed"], "--resume")
+    output, _ = resumed.communicate(timeout=900)
+    assert resumed.returncode == 0, output
+    assert "02-infifusion is done already" in output
+    for i, method in enumerate(methods, 1):
+        steps = [record["step"] for record in _metrics(folder) if record["stage"] == f"{i:02d}-{method}"]
+        assert sorted(set(steps)) == list(range(1, 16))
+        assert steps.count(1) == 1, "a stage goes on from its checkpoint"
+        mine, twin = (load_file(tmp_path / n / f"stages/{i:02d}-{method}/model/model.safetensors") for n in configs)
+        assert all(mine[name].numpy().tobytes() == twin[name].numpy().tobytes() for name in twin)
+    for name in configs:
+        for teacher in ("math", "code"):
+            assert sum(r.get(f"forwarded/{teacher}", 0) for r in read_metrics(tmp_path / name / "metrics.jsonl")) == 240
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from rayfuse.alignment import align
-from rayfuse.config import Data, parse_config
-from rayfuse.data import read_samples
+from rayfuse.config import Data, InfiFPO, parse_config
+from rayfuse.data import read_pairs, read_samples
 from rayfuse.errors import MissingSignalsError, TeacherError
 from rayfuse.models import fingerprint
 from rayfuse.prepare import Preparer, PrepareSpec
@@ -116,6 +116,24 @@ def test_a_missing_sample_asks_for_the_whole_unit_and_gives_the_same_bits(world)
     assert Counting.asked == {"math": 8, "code": 0}
     _same(first, again)
     assert path.exists()
+
+
+def test_of_preference_pairs_only_the_side_that_is_missing_is_asked(tiny, world):
+    """The chosen responses are those of the data, which the store has: each text is forwarded once in all."""
+    spec, samples = world
+    Preparer(spec, Counting)(samples)
+    pairs, _ = read_pairs(Data(path=str(tiny.root / "pairs.jsonl"), limit=8))
+    both = [side for pair in pairs for side in pair]
+    assert [sample.key for sample in both[0::2]] == [sample.key for sample in samples]
+    spec = dataclasses.replace(spec, targets=("responses",), stage=InfiFPO(), k=None)
+    batch = Preparer(spec, Counting)(both)
+    assert Counting.asked == {"math": 8, "code": 8}
+    assert (batch.stats["forwarded/math"], batch.stats["stored/math"]) == (8, 8)
+    expected = [SignalStore(spec.store).get(spec.teachers[0][1], sample.key).token_logps.sum() for sample in both]
+    np.testing.assert_allclose(batch.targets[0].response_logps, expected, rtol=1e-6)
+    again = Preparer(spec, Counting)(both)
+    assert Counting.asked == {"math": 0, "code": 0}
+    np.testing.assert_array_equal(again.targets[0].response_logps, batch.targets[0].response_logps)
 
 
 def test_a_damaged_object_is_counted_and_computed_again(world):
