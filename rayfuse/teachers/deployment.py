@@ -230,7 +230,9 @@ class TeacherClient:
         if application is None:
             raise TeacherError(f"teacher {self.teacher.name} was removed from the cluster ({self.name})")
         for deployment in application.deployments.values():
-            if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            # A copy that died is replaced, however long the new one's engine takes to start.
+            dead = deployment.status == "UNHEALTHY" and "health check failed" in deployment.message
+            if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY") and not dead:
                 raise TeacherError(
                     f"teacher {self.teacher.name} ({self.teacher.model}) cannot start: {deployment.message[-2000:]}"
                 )
