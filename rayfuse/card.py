@@ -17,10 +17,12 @@ from rayfuse.config import (
     KL,
     SFT,
     ULD,
+    WRPO,
     ByteKD,
     Config,
     Distillation,
     FuseChat,
+    FusedPreference,
     FuseLLM,
     InfiFPO,
     InfiFusion,
@@ -252,23 +254,35 @@ def _trust_text(stage: Trust, config: Config) -> str:
     )
 
 
-def _preference_text(stage: Preference) -> str:
+def _preference_text(stage: Preference, loss: str) -> str:
     norm = "length-normalised" if stage.length_norm else "summed"
-    return f"{stage.variant} loss with beta {stage.beta:g} on {norm} log-probabilities of preference pairs"
+    return f"{loss} loss with beta {stage.beta:g} on {norm} log-probabilities of preference pairs"
+
+
+def _fused_text(stage: FusedPreference) -> str:
+    clip = ", clipped by the model that the stage starts from" if stage.clip else ""
+    return f"the teachers fused by {stage.rule} per {stage.fuse_per}{clip}"
 
 
 def _infifpo_text(stage: InfiFPO, config: Config) -> str:
-    clip = ", clipped by the model that the stage starts from" if stage.clip else ""
     return (
-        f"`infifpo` (InfiFPO, [arXiv 2505.13878](https://arxiv.org/abs/2505.13878)): {_preference_text(stage)}, "
-        f"against the teachers fused by {stage.rule}{clip}."
+        f"`infifpo` (InfiFPO, [arXiv 2505.13878](https://arxiv.org/abs/2505.13878)): "
+        f"{_preference_text(stage, stage.variant)}, against {_fused_text(stage)}."
+    )
+
+
+def _wrpo_text(stage: WRPO, config: Config) -> str:
+    reference = _fused_text(stage) if stage.reference == "fused" else "the model that the stage starts from"
+    return (
+        f"`wrpo` (WRPO, [arXiv 2412.03187](https://arxiv.org/abs/2412.03187)): {_preference_text(stage, 'log-sigmoid')}"
+        f", {stage.alpha:g} x a teacher's response + {1 - stage.alpha:g} x the pivot's own, against {reference}."
     )
 
 
 def _dpo_text(stage: DPO, config: Config) -> str:
     return (
-        f"`dpo` (DPO, [arXiv 2305.18290](https://arxiv.org/abs/2305.18290)): {_preference_text(stage)}, against the "
-        "model that the stage starts from."
+        f"`dpo` (DPO, [arXiv 2305.18290](https://arxiv.org/abs/2305.18290)): {_preference_text(stage, stage.variant)}, "
+        "against the model that the stage starts from."
     )
 
 
@@ -289,6 +303,7 @@ STAGE_TEXTS: dict[type[Stage], Callable[[Any, Config], str]] = {
     WassersteinKL: _wasserstein_kl_text,
     InfiFPO: _infifpo_text,
     DPO: _dpo_text,
+    WRPO: _wrpo_text,
 }
 
 

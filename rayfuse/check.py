@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from rayfuse.alignment import byte_ends
-from rayfuse.config import Config, Data, Model, Teacher
-from rayfuse.data import DataCounts, Sample, read_pairs, read_samples
+from rayfuse.config import Config, Data, Model, RewardModel, Teacher, UnitTests
+from rayfuse.data import DataCounts, Sample, read_preferences, read_samples
 from rayfuse.environments import environment_fault
 from rayfuse.errors import ConfigError, DataError, ModelError, RayfuseError, TeacherError
 from rayfuse.models import (
@@ -228,10 +228,10 @@ def _first_read(config: Config) -> list[Sample]:
     from rayfuse.units import measure
 
     kept: list[Sample] = []
-    for preferences in sorted({stage.uses_preferences for stage in config.stages if stage.uses_teachers}):
-        if preferences and config.preferences is not None:
+    for sides in sorted({stage.sides for stage in config.stages if stage.uses_teachers}):
+        if sides and config.preferences is not None:
             data = config.preferences
-            groups: list[tuple[Sample, ...]] = list(read_pairs(data, first=FIRST_ROWS)[0][:FIRST_SAMPLES])
+            groups = read_preferences(data, sides, first=FIRST_ROWS)[0][:FIRST_SAMPLES]
         else:
             data = config.data
             groups = [(sample,) for sample in read_samples(data, first=FIRST_ROWS)[0][:FIRST_SAMPLES]]
@@ -273,10 +273,33 @@ def check_data(config: Config) -> Iterator[Finding]:
 
 def check_preferences(config: Config) -> Iterator[Finding]:
     """The same for the preference pairs, where a stage learns from them."""
-    if config.preferences is not None:
-        pairs, counts = read_pairs(config.preferences, first=FIRST_ROWS)
-        samples = [sample for pair in pairs[:FIRST_SAMPLES] for sample in pair]
+    for sides in sorted({stage.sides for stage in config.stages if stage.sides}):
+        assert config.preferences is not None
+        compared, counts = read_preferences(config.preferences, sides, first=FIRST_ROWS)
+        samples = [sample for group in compared[:FIRST_SAMPLES] for sample in group]
         yield from _check_samples(config, "preferences", config.preferences, samples, counts)
+
+
+def check_prefer(config: Config) -> Iterator[Finding]:
+    """The prompts of `prefer` can be read and hold what the judge needs, and the judge can work here."""
+    from rayfuse.prompts import read_prompts
+
+    settings = config.prefer
+    if settings is None:
+        return
+    where, data = ("prefer.prompts", settings.prompts) if settings.prompts else ("data", config.data)
+    prompts, counts = read_prompts(data, settings.judge.needs if settings.judge else "", first=FIRST_ROWS)
+    if settings.prompts:
+        yield from _check_samples(config, where, data, [prompt.sample for prompt in prompts[:FIRST_SAMPLES]], counts)
+    if isinstance(settings.judge, RewardModel):
+        load_tokenizer(settings.judge)
+        labels = load_model_config(settings.judge).num_labels
+        if labels != 1 and settings.judge.label is None:
+            yield Finding("prefer.judge.label", f"{settings.judge.model} has {labels} outputs; say which is the score")
+    elif isinstance(settings.judge, UnitTests):
+        from rayfuse.sandbox import Limits, Sandbox
+
+        Sandbox(Limits(), must_isolate=settings.judge.isolation == "namespaces")
 
 
 def _check_samples(
@@ -377,6 +400,7 @@ CHECKS: dict[str, Callable[[Config], Iterator[Finding]]] = {
     "models": check_models,
     "data": check_data,
     "preferences": check_preferences,
+    "prefer": check_prefer,
     "evaluate": check_evaluation,
     "machine": check_machine,
     "environments": check_environments,

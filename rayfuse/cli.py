@@ -48,6 +48,28 @@ def fuse(
     run(config, overrides or [], resume=resume)
 
 
+@app.command()
+def prefer(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Let teachers and pivot answer prompts, judge the answers, and write preference or training data.
+
+    Stopped and started again, it goes on from the answers that are there.
+    """
+    import json
+
+    resolved = load_config(config, overrides or [])
+    from rayfuse.prefer import prefer as make
+    from rayfuse.prefer import summary_path, summary_table
+
+    console = Console()
+    output = make(resolved, console=console)
+    summary = json.loads(summary_path(output).read_text(encoding="utf-8"))
+    console.print(summary_table(summary))
+    for what, count in summary["counts"].items():
+        if count:
+            console.print(f"{what}: {count:,}", highlight=False)
+    console.print(f"rows     {output}\nsummary  {summary_path(output)}", highlight=False, soft_wrap=True)
+
+
 def run(config: Path, overrides: list[str], *, resume: bool = False) -> None:
     """`rayfuse fuse`, also for scripts: run, then show the results and where they are."""
     resolved = load_config(config, overrides)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,8 @@ from rayfuse.config import Data
 from rayfuse.errors import DataError
 
 ROLES = ("system", "user", "assistant", "tool")
+PAIR = ("chosen", "rejected")
+"""Keys of the two responses of a preference row."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Sample:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-Pair = tuple[Sample, Sample]
-"""The chosen and the rejected response to one prompt."""
+Compared = tuple[Sample, ...]
+"""Responses to one prompt, in the order of a stage's `sides`: the chosen and the rejected one."""
 Parsed = TypeVar("Parsed")
 
 
@@ -89,15 +91,18 @@ def read_samples(data: Data, *, first: int | None = None) -> tuple[list[Sample],
         DataError: the data set cannot be read or holds no sample; or a row is malformed and `on_bad_row` is "error".
             The message names file, line (or row) and reason.
     """
-    return _read(data, first, samples_of_row)
+    return read_parsed(data, first, samples_of_row)
 
 
-def read_pairs(data: Data, *, first: int | None = None) -> tuple[list[Pair], DataCounts]:
-    """Read and check a data set of preferences: `prompt`, `chosen`, `rejected`; otherwise as read_samples."""
-    return _read(data, first, lambda row: [pair_of_row(row)])
+def read_preferences(
+    data: Data, sides: Sequence[str] = PAIR, *, first: int | None = None
+) -> tuple[list[Compared], DataCounts]:
+    """Read and check a data set of preferences: `prompt` and the responses named by `sides`; else as read_samples."""
+    return read_parsed(data, first, lambda row: [compared_of_row(row, sides)])
 
 
-def _read(data: Data, first: int | None, parse: Callable[[Any], list[Parsed]]) -> tuple[list[Parsed], DataCounts]:
+def read_parsed(data: Data, first: int | None, parse: Callable[[Any], list[Parsed]]) -> tuple[list[Parsed], DataCounts]:
+    """What `parse` makes of each row (it raises DataError on a malformed one), of the `first` rows where given."""
     limit = min(filter(None, (data.limit, first)), default=None)
     parsed: list[Parsed] = []
     rows = bad = 0
@@ -182,44 +187,48 @@ def samples_of_row(row: Any) -> list[Sample]:
         raise DataError(f"'skill' must be text, not {type(skill).__name__}")
     _encodable(skill, "'skill'")
     if row.get("messages") is not None:
-        messages = _messages(row["messages"], "messages")
+        messages = messages_of(row["messages"], "messages")
         turns = [index for index, (role, _) in enumerate(messages) if role == "assistant"]
         if not turns:
             raise DataError("'messages' has no assistant turn to learn from")
         return [Sample(messages[:i], _response(messages[i][1], "an assistant turn"), skill) for i in turns]
     if "prompt" in row and "response" in row:
-        return [Sample(_prompt(row["prompt"]), _response(row["response"], "'response'"), skill)]
+        return [Sample(prompt_of(row["prompt"]), _response(row["response"], "'response'"), skill)]
     raise DataError(f"a row needs 'messages', or 'prompt' and 'response'; it has {sorted(map(str, row))}")
 
 
-def pair_of_row(row: Any) -> Pair:
-    """The pair of one row: `prompt` (text or messages), `chosen` and `rejected` (text, or messages ending in it).
+def compared_of_row(row: Any, sides: Sequence[str] = PAIR) -> Compared:
+    """The responses of one row: `prompt` (text or messages), and each side (text, or messages ending in it).
 
     Raises:
-        DataError: a key is missing, something is not text, or the two responses are the same.
+        DataError: a key is missing, something is not text, or the rejected response is also a chosen one.
     """
-    if not isinstance(row, Mapping) or not {"prompt", "chosen", "rejected"} <= set(row):
+    if not isinstance(row, Mapping) or not {"prompt", *sides} <= set(row):
         has = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-        raise DataError(f"a preference row needs 'prompt', 'chosen' and 'rejected'; it has {has}")
-    prompt = _prompt(row["prompt"])
+        needs = ", ".join(f"'{side}'" for side in ("prompt", *sides[:-1]))
+        raise DataError(f"a preference row needs {needs} and '{sides[-1]}'; it has {has}")
+    prompt = prompt_of(row["prompt"])
     responses = []
-    for name in ("chosen", "rejected"):
+    for name in sides:
         value = row[name]
         if isinstance(value, (list, tuple)):
-            role, value = _messages(value, name)[-1]
+            role, value = messages_of(value, name)[-1]
             if role != "assistant":
                 raise DataError(f"'{name}' must end with an assistant turn, not {role}")
         responses.append(_response(value, f"'{name}'"))
-    if responses[0] == responses[1]:
-        raise DataError(f"'chosen' and 'rejected' are the same: {responses[0]!r:.60}")
-    return Sample(prompt, responses[0]), Sample(prompt, responses[1])
+    for name, response in zip(sides[:-1], responses, strict=False):
+        if response == responses[-1]:
+            raise DataError(f"'{name}' and '{sides[-1]}' are the same: {response!r:.60}")
+    return tuple(Sample(prompt, response) for response in responses)
 
 
-def _prompt(value: Any) -> tuple[tuple[str, str], ...]:
-    return (("user", _encodable(value, "prompt")),) if isinstance(value, str) else _messages(value, "prompt")
+def prompt_of(value: Any) -> tuple[tuple[str, str], ...]:
+    """A prompt's messages: those given, or one of the user."""
+    return (("user", _encodable(value, "prompt")),) if isinstance(value, str) else messages_of(value, "prompt")
 
 
-def _messages(value: Any, name: str) -> tuple[tuple[str, str], ...]:
+def messages_of(value: Any, name: str) -> tuple[tuple[str, str], ...]:
+    """Checked (role, content) pairs; `name` is what an error calls them."""
     if not isinstance(value, (list, tuple)) or not value:
         raise DataError(f"'{name}' must be a non-empty list of messages, not {value!r:.60}")
     messages = []
@@ -237,10 +246,16 @@ def _messages(value: Any, name: str) -> tuple[tuple[str, str], ...]:
 
 
 def _response(value: Any, name: str) -> str:
+    text = text_of(value, name)
+    if not text:
+        raise DataError(f"{name} is empty; there is nothing to learn from it")
+    return text
+
+
+def text_of(value: Any, name: str) -> str:
+    """Checked text; `name` is what an error calls it."""
     if not isinstance(value, str):
         raise DataError(f"{name} must be text, not {type(value).__name__}")
-    if not value:
-        raise DataError(f"{name} is empty; there is nothing to learn from it")
     return _encodable(value, name)
 
 

@@ -37,6 +37,10 @@ class StoreError(RayfuseError, OSError):
     """The signal store cannot be read or written."""
 
 
+class SandboxError(RayfuseError, RuntimeError):
+    """Programs cannot be run in isolation on this machine."""
+
+
 class TeacherError(RayfuseError, RuntimeError):
     """A teacher cannot answer."""
 

@@ -64,7 +64,7 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
     with timed("start Ray"):
         embedded = resources.connect(config)
     with timed("read data"):
-        sources = {preferences: load_source(config, preferences, console) for preferences in _needed(config)}
+        sources = {sides: load_source(config, sides, console) for sides in _needed(config)}
     with timed("identify teachers"):
         fingerprints = _fingerprints(config)
         _describe(config, fingerprints)
@@ -82,7 +82,7 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
                     train_pairwise(job, job.stage.merge)
                 else:
                     train_group(job)
-    counts = {SOURCES[preferences]: asdict(source.counts) for preferences, source in sources.items()}
+    counts = {KINDS[len(sides)][0]: asdict(source.counts) for sides, source in sources.items()}
     results: dict[str, Any] = {**counts, "models": [], "times": timed.seconds}
     if config.evaluate is not None:
         with timed("evaluate"):
@@ -121,7 +121,9 @@ def _open_run_folder(config: Config, resume: bool) -> None:
         if not resume:
             raise CheckpointError(f"{folder} already holds a run: go on with --resume, or use another `output`")
         before, now = json.loads(there.read_text(encoding="utf-8")), json.loads(text)
-        changed = sorted(key for key in now if before.get(key) != now[key] and key not in ("evaluate", "cluster"))
+        changed = sorted(
+            key for key in now if before.get(key) != now[key] and key not in ("evaluate", "cluster", "prefer")
+        )
         if changed:
             raise CheckpointError(
                 f"{folder} holds a run with another configuration ({', '.join(changed)} changed): use another `output`"
@@ -130,8 +132,8 @@ def _open_run_folder(config: Config, resume: bool) -> None:
     write_whole(there, text)
 
 
-SOURCES = {False: "data", True: "preferences"}
-"""Section of the configuration, by whether it holds preferences."""
+KINDS = {0: ("data", "samples"), 2: ("preferences", "pairs"), 3: ("triples", "triples")}
+"""What the data of a stage is called in results.json, and what it holds, by the number of the stage's sides."""
 
 
 @dataclass(frozen=True)
@@ -151,16 +153,16 @@ class Source:
     counts: DataCounts
 
 
-def _needed(config: Config) -> list[bool]:
-    """Which sources the stages read: `data` (False), `preferences` (True), or both, in this order."""
-    return sorted({stage.uses_preferences for stage in config.stages})
+def _needed(config: Config) -> list[tuple[str, ...]]:
+    """What the stages read: `data` (no sides), the pairs or the triples of `preferences`, in this order."""
+    return sorted({stage.sides for stage in config.stages}, key=len)
 
 
-def load_source(config: Config, preferences: bool, console: Console) -> Source:
+def load_source(config: Config, sides: tuple[str, ...], console: Console) -> Source:
     """Read `data` or `preferences`, and say what became of the rows."""
-    units, counts = load_units(config, preferences=preferences)
+    units, counts = load_units(config, sides)
     console.print(
-        f"{counts.rows:,} rows, {counts.samples:,} {'pairs' if preferences else 'samples'} in {len(units):,} units"
+        f"{counts.rows:,} rows, {counts.samples:,} {KINDS[len(sides)][1]} in {len(units):,} units"
         + (f"; {counts.bad_rows} malformed rows skipped" if counts.bad_rows else "")
         + (f"; {counts.too_long} too long, dropped" if counts.too_long else "")
         + (f"; {counts.unreadable} unreadable for a model, dropped" if counts.unreadable else "")
@@ -189,9 +191,11 @@ def _describe(config: Config, fingerprints: Mapping[str, str]) -> None:
             store.describe(fingerprints[teacher.name], {**about, "k": config.signals.k})
 
 
-def _stage_job(config: Config, index: int, fingerprints: dict[str, str], sources: Mapping[bool, Source]) -> StageJob:
+def _stage_job(
+    config: Config, index: int, fingerprints: dict[str, str], sources: Mapping[tuple[str, ...], Source]
+) -> StageJob:
     stage = config.stages[index]
-    source = sources[stage.uses_preferences]
+    source = sources[stage.sides]
     previous = index > 0 and stage.start_from == "previous"
     start = str(config.stage_folder(index - 1) / "model") if previous else config.student.model
     teachers = [(teacher, fingerprints[teacher.name]) for teacher in config.teachers if stage.uses_teachers]

@@ -96,13 +96,7 @@ def load_causal_lm(model: Model, *, dtype: str | None = None) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    folder = Path(model.model)
-    if folder.is_dir() and not model.gguf_file and not any(folder.glob(WEIGHT_FILES)):
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
-        raise ModelError(
-            f"{model.model} has no *.safetensors file (it has: {found}); pickled weights are refused, "
-            "convert them with transformers' save_pretrained"
-        )
+    _refuse_pickled(model)
     with _loading("the weights", model):
         loaded = AutoModelForCausalLM.from_pretrained(
             model.model,
@@ -111,6 +105,45 @@ def load_causal_lm(model: Model, *, dtype: str | None = None) -> Any:
             **_from_pretrained_arguments(model),
         )
     return loaded.eval()
+
+
+def load_sequence_classifier(model: Model) -> Any:
+    """A sequence-classification model (a reward model) in evaluation mode on the CPU.
+
+    Raises:
+        ModelError: it cannot be loaded, has no safetensors, or its files lack weights that the model has (then it is no
+            sequence-classification model: transformers would make its head up).
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    _refuse_pickled(model)
+    with _loading("the weights", model):
+        loaded, info = AutoModelForSequenceClassification.from_pretrained(
+            model.model,
+            dtype=getattr(torch, model.dtype),
+            use_safetensors=True,
+            output_loading_info=True,
+            **_from_pretrained_arguments(model),
+        )
+    if info["missing_keys"]:
+        raise ModelError(
+            f"{model.model} is no reward model: its files lack {sorted(info['missing_keys'])[:4]}, which transformers "
+            "would fill with random numbers"
+        )
+    return loaded.eval()
+
+
+def _refuse_pickled(model: Model) -> None:
+    folder = Path(model.model)
+    if folder.is_dir() and not model.gguf_file and not any(folder.glob(WEIGHT_FILES)):
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
+        raise ModelError(
+            f"{model.model} has no *.safetensors file (it has: {found}); pickled weights are refused, "
+            "convert them with transformers' save_pretrained"
+        )
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ class Preparer:
         chosen responses are one call and the rejected ones another, for an earlier stage may have learnt from the
         chosen ones. All calls are sent before the first is waited for.
         """
-        sides = 2 if self.spec.stage is not None and self.spec.stage.uses_preferences else 1
+        sides = max(1, len(self.spec.stage.sides)) if self.spec.stage is not None else 1
         calls = [range(side, len(samples), sides) for side in range(sides)]
         found = [[self.store.get(fp, sample.key, self.fields) for sample in samples] for _, fp in self.spec.teachers]
         asked = [

@@ -47,6 +47,7 @@ def write_report(output: Path) -> Path:
         _section("Where the time went", _time_section(results.get("times", {}), stages)),
         _section("Data", _data_section(results.get("data", {}), stages)),
         _section("Preference pairs", _data_section(results.get("preferences", {}), {})),
+        _section("Preference triples", _data_section(results.get("triples", {}), {})),
         _section("Configuration", _config_section(config)),
     ]
     style = Path(__file__).with_name("report_style.html").read_text(encoding="utf-8")

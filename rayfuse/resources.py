@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from rayfuse.config import Config, Student, Teacher
+from rayfuse.config import Config, Judge, Student, Teacher
 from rayfuse.errors import RayfuseError
 
 # For Ray itself and for all worker processes: fewer surprises on a laptop and after a lost node.
@@ -82,12 +82,22 @@ def connect(config: Config) -> bool:
 def _local_cpus(config: Config) -> int:
     merges = [merge for stage in config.stages if (merge := getattr(stage, "merge", None))]
     at_once = max([min(merge.parallel or 1, len(config.teachers)) for merge in merges], default=1)
-    students = at_once * _student_cpus(config.student)
+    students = max(at_once * _student_cpus(config.student), _prefer_cpus(config))
     return max(os.cpu_count() or 1, math.ceil(_teacher_cpus(config) + students + SERVE_OVERHEAD_CPUS))
 
 
 def _teacher_cpus(config: Config) -> float:
     return sum(teacher.cpus * teacher.replicas.max for teacher in config.teachers if teacher.stored is None)
+
+
+def _prefer_cpus(config: Config) -> float:
+    """What `rayfuse prefer` needs besides the teachers: the pivot answers and judges judge, while no student trains."""
+    if config.prefer is None:
+        return 0.0
+    judge = config.prefer.judge
+    judges = judge.cpus * judge.workers if judge is not None else 0.0
+    tasks = config.prefer.in_flight * PREPARE_CPUS
+    return config.student.cpus * config.prefer.replicas.max + judges + tasks
 
 
 def _student_cpus(student: Student) -> float:
@@ -123,6 +133,11 @@ def coupling_task() -> dict[str, Any]:
 def measure_task() -> dict[str, Any]:
     """Options of a task that tokenizes a part of the data set."""
     return {"num_cpus": 1, "max_retries": 10}
+
+
+def judge_actor(judge: Judge) -> dict[str, Any]:
+    """Options of a judge's actor: idempotent, so a lost one is started again and asked again."""
+    return {"num_cpus": judge.cpus, "num_gpus": judge.gpus, "max_restarts": 10, "max_task_retries": 10}
 
 
 def evaluate_task(model: Teacher) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -23,16 +23,20 @@ from rayfuse.errors import SignalError, StoreError
 from rayfuse.signals import FIELDS, TopKSignals, decode, encode, read_signals
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 ABOUT = "teacher.json"
 """Beside the signals of a fingerprint: which teacher gave them."""
 
 
-class SignalStore:
-    """Signals by (fingerprint, key) below one folder or URL.
+class ObjectStore:
+    """Small objects below one folder or URL, each written completely or not at all, and by its first writer only.
 
     Attributes:
         damaged: objects found unreadable, foreign or of another format by this process, and removed.
     """
+
+    what = "store"
+    """What errors call it."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -40,46 +44,34 @@ class SignalStore:
         try:
             self.fs, root = url_to_fs(url)
         except (ImportError, ValueError, OSError) as error:
-            raise StoreError(f"the signal store {url} cannot be opened: {error}") from error
+            raise StoreError(f"the {self.what} {url} cannot be opened: {error}") from error
         self.root = root.rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
 
-    def path(self, fingerprint: str, key: str) -> str:
-        """Where the object of one teacher and sample is."""
-        return f"{self.root}/{fingerprint}/{key[:2]}/{key}.safetensors"
+    def read(self, path: str, load: Callable[[], T]) -> T | None:
+        """What `load` reads from an object, or None where there is none.
 
-    def get(self, fingerprint: str, key: str, fields: Sequence[str] = FIELDS) -> TopKSignals | None:
-        """The signals of one sample, or None where there are none (or only an unusable object, which is removed).
-
-        `fields` names what the caller needs: of a local file only that is read.
+        An object that it refuses (SignalError) is removed, reported and counted; then it is as if it was never there.
         """
-        path, about = self.path(fingerprint, key), {"fingerprint": fingerprint, "key": key}
         try:
-            if not self.local:
-                return decode(self.fs.cat_file(path), about, fields)
-            with open(path, "rb", buffering=0) as file:
-                number = file.fileno()
-                size = os.fstat(number).st_size
-                return read_signals(lambda start, end: os.pread(number, end - start, start), size, about, fields)
+            return load()
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise StoreError(f"cannot read {path} in the signal store {self.url}: {error}") from error
+            raise StoreError(f"cannot read {path} in the {self.what} {self.url}: {error}") from error
         except SignalError as error:
             self.damaged += 1
-            log.warning("signal store: %s is unusable and is computed again: %s", path, error)
+            log.warning("%s: %s is unusable and is computed again: %s", self.what, path, error)
             with contextlib.suppress(FileNotFoundError):
                 self.fs.rm_file(path)
             return None
 
-    def put(self, fingerprint: str, key: str, signals: TopKSignals) -> bool:
-        """Write the signals of one sample, unless they are there; True where this call wrote them."""
-        path = self.path(fingerprint, key)
-        blob = encode(signals, {"fingerprint": fingerprint, "key": key})
+    def write(self, path: str, blob: bytes) -> bool:
+        """Write an object, unless there is one; True where this call wrote it."""
         try:
             return self._create_local(path, blob) if self.local else self._create(path, blob)
         except OSError as error:
-            raise StoreError(f"cannot write {path} in the signal store {self.url}: {error}") from error
+            raise StoreError(f"cannot write {path} in the {self.what} {self.url}: {error}") from error
 
     def _create_local(self, path: str, blob: bytes) -> bool:
         """Write beside, then link: the name appears with its whole content, and only for the first writer."""
@@ -107,6 +99,53 @@ class SignalStore:
             return False
         return True
 
+    def check(self) -> None:
+        """Write and read back a small object.
+
+        Raises:
+            StoreError: the store is not writable.
+        """
+        path = f"{self.root}/.check-{uuid.uuid4().hex}"
+        try:
+            self.fs.makedirs(self.root, exist_ok=True)
+            self.fs.pipe_file(path, b"rayfuse")
+            if self.fs.cat_file(path) != b"rayfuse":
+                raise OSError("what was written does not read back")
+            self.fs.rm_file(path)
+        except Exception as error:  # remote file systems raise their own kinds, for example without credentials
+            raise StoreError(f"the {self.what} {self.url} is not writable: {error}") from error
+
+
+class SignalStore(ObjectStore):
+    """Signals by (fingerprint, key)."""
+
+    what = "signal store"
+
+    def path(self, fingerprint: str, key: str) -> str:
+        """Where the object of one teacher and sample is."""
+        return f"{self.root}/{fingerprint}/{key[:2]}/{key}.safetensors"
+
+    def get(self, fingerprint: str, key: str, fields: Sequence[str] = FIELDS) -> TopKSignals | None:
+        """The signals of one sample, or None where there are none (or only an unusable object, which is removed).
+
+        `fields` names what the caller needs: of a local file only that is read.
+        """
+        path, about = self.path(fingerprint, key), {"fingerprint": fingerprint, "key": key}
+
+        def load() -> TopKSignals:
+            if not self.local:
+                return decode(self.fs.cat_file(path), about, fields)
+            with open(path, "rb", buffering=0) as file:
+                number = file.fileno()
+                size = os.fstat(number).st_size
+                return read_signals(lambda start, end: os.pread(number, end - start, start), size, about, fields)
+
+        return self.read(path, load)
+
+    def put(self, fingerprint: str, key: str, signals: TopKSignals) -> bool:
+        """Write the signals of one sample, unless they are there; True where this call wrote them."""
+        return self.write(self.path(fingerprint, key), encode(signals, {"fingerprint": fingerprint, "key": key}))
+
     def describe(self, fingerprint: str, about: Mapping[str, Any]) -> None:
         """Write beside the signals of a fingerprint whose they are, for people; the first description stays."""
         path = f"{self.root}/{fingerprint}/{ABOUT}"
@@ -133,19 +172,3 @@ class SignalStore:
                 about = {}
             known[folder.rstrip("/").rsplit("/", 1)[-1]] = about if isinstance(about, dict) else {}
         return known
-
-    def check(self) -> None:
-        """Write and read back a small object.
-
-        Raises:
-            StoreError: the store is not writable.
-        """
-        path = f"{self.root}/.check-{uuid.uuid4().hex}"
-        try:
-            self.fs.makedirs(self.root, exist_ok=True)
-            self.fs.pipe_file(path, b"rayfuse")
-            if self.fs.cat_file(path) != b"rayfuse":
-                raise OSError("what was written does not read back")
-            self.fs.rm_file(path)
-        except Exception as error:  # remote file systems raise their own kinds, for example without credentials
-            raise StoreError(f"the signal store {self.url} is not writable: {error}") from error

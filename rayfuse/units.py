@@ -9,13 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import ray
 
 from rayfuse import resources
-from rayfuse.config import Config, Model, Teacher
-from rayfuse.data import DataCounts, Sample, read_pairs, read_samples
+from rayfuse.config import Config, Data, Model, Teacher
+from rayfuse.data import DataCounts, Sample, read_preferences, read_samples
 from rayfuse.errors import AlignmentError, DataError
 from rayfuse.models import load_tokenizer, teacher_context
 from rayfuse.render import Renderer
@@ -26,27 +27,36 @@ MEASURE_CHUNK = 2000
 """Samples measured by one task."""
 
 
-def load_units(config: Config, *, preferences: bool = False) -> tuple[list[list[Sample]], DataCounts]:
+def load_units(config: Config, sides: Sequence[str] = ()) -> tuple[list[list[Sample]], DataCounts]:
     """Read the data, let every model read every sample (in parallel tasks), and form the units of what is left.
 
     Args:
         config: the run.
-        preferences: read `preferences` instead of `data`; a unit then holds unit_size pairs, as chosen, rejected,
-            chosen, rejected, ...
+        sides: where given, these responses of `preferences` are read instead of `data`; a unit then holds them for
+            unit_size prompts, as chosen, rejected, chosen, rejected, ...
 
     Raises:
         DataError: the data cannot be read; a model cannot read a sample and `on_bad_row` is "error"; nothing is left.
     """
-    groups: list[tuple[Sample, ...]]
-    if preferences:
+    if sides:
         assert config.preferences is not None
-        data = config.preferences
-        pairs, counts = read_pairs(data)
-        groups = list(pairs)
-    else:
-        data = config.data
-        samples, counts = read_samples(data)
-        groups = [(sample,) for sample in samples]
+        compared, counts = read_preferences(config.preferences, sides)
+        return form_units(config, config.preferences, compared, counts)
+    samples, counts = read_samples(config.data)
+    return form_units(config, config.data, [(sample,) for sample in samples], counts)
+
+
+def form_units(
+    config: Config, data: Data, groups: Sequence[tuple[Sample, ...]], counts: DataCounts
+) -> tuple[list[list[Sample]], DataCounts]:
+    """Units of the groups that every model can read: `unit_size` groups each, which are never parted.
+
+    Args:
+        config: the models.
+        data: longest sample, size of a unit, and what to do with a sample that cannot be read.
+        groups: the samples, those that belong together in one group.
+        counts: of the rows so far; returned with those of the samples.
+    """
     sizes = _measure_all(config, groups)
 
     limit = data.max_length
@@ -117,13 +127,19 @@ def measure(student: Model, teachers: Sequence[Teacher], samples: Sequence[Sampl
 
     A teacher whose signals are stored has read what it has read: without a tokenizer of its own it is not asked.
     """
-    renderer = Renderer(load_tokenizer(student))
+    renderer, readers = _readers(student, tuple(teachers))
+    return [_size(renderer, readers, sample) for sample in samples]
+
+
+@lru_cache(maxsize=4)
+def _readers(student: Model, teachers: tuple[Teacher, ...]) -> tuple[Renderer, list[tuple[Renderer, int | None]]]:
+    """One set of tokenizers per process: Ray reuses the processes of tasks."""
     readers = [
         (Renderer(load_tokenizer(teacher)), teacher_context(teacher))
         for teacher in teachers
         if teacher.stored is None or teacher.tokenizer is not None
     ]
-    return [_size(renderer, readers, sample) for sample in samples]
+    return Renderer(load_tokenizer(student)), readers
 
 
 def _size(student: Renderer, teachers: Sequence[tuple[Renderer, int | None]], sample: Sample) -> Size:

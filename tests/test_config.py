@@ -163,6 +163,18 @@ REFUSED = {
     "no stage": (tree(stages=[]), "stages is empty; name at least one"),
     "steps and epochs": (stage(steps=3, epochs=2), r"stages.0: give steps or epochs, not both \(steps=3, epochs=2.0\)"),
     "no teacher": (tree(teachers=[]), r"stages.0 \(infifusion\) needs at least one teacher"),
+    "wrpo without preferences": (
+        tree(stages=["wrpo"]),
+        r"stages.0 \(wrpo\) needs `preferences`: rows of prompt, chosen, chosen_pivot, rejected",
+    ),
+    "fused wrpo without teachers": (
+        tree(teachers=[], preferences="p.jsonl", stages=[{"method": "wrpo", "reference": "fused"}]),
+        r"stages.0 \(wrpo\) needs at least one teacher",
+    ),
+    "a teacher per pair chosen by the mean": (
+        tree(preferences="p.jsonl", stages=[{"method": "infifpo", "rule": "mean", "fuse_per": "pair"}]),
+        r"stages.0: fuse_per: pair chooses a teacher, which rule 'mean' does not",
+    ),
     "two teachers of one name": (tree(teachers=["a/same", "b/same/"]), "two teachers are called 'same'; give each"),
     "teacher name with a slash": (
         tree(teachers=[{"model": "a", "name": "x/y"}]),

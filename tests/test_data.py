@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayfuse.config import Data
-from rayfuse.data import Sample, read_samples, samples_of_row
+from rayfuse.data import PAIR, Sample, compared_of_row, read_preferences, read_samples, samples_of_row
 from rayfuse.errors import DataError
 from rayfuse.units import LENGTH_WINDOW, make_units, unit_order
 
@@ -326,3 +326,47 @@ def test_the_order_depends_on_seed_and_epoch():
     assert len(orders) == 20
     both = unit_order(50, 100, 0)
     assert both[:50] != both[50:]
+
+
+# --- preferences ------------------------------
+
+TRIPLE = ("chosen", "chosen_pivot", "rejected")
+
+
+def test_preferences_are_the_named_responses_to_one_prompt(tmp_path):
+    """Text, or messages ending in the response; a row of three serves the stages that compare two."""
+    chat = [{"role": "user", "content": "2 + 2?"}]
+    row = {"prompt": "2 + 2?", "chosen": "4", "chosen_pivot": "four", "rejected": "5"}
+    as_messages = {"prompt": chat, "chosen": [*chat, {"role": "assistant", "content": "4"}], "rejected": "5"}
+    path = write(tmp_path / "pairs.jsonl", [row, as_messages])
+    pairs, counts = read_preferences(Data(path=path))
+    assert [[sample.response for sample in pair] for pair in pairs] == [["4", "5"], ["4", "5"]]
+    assert {sample.messages for pair in pairs for sample in pair} == {(("user", "2 + 2?"),)}
+    assert counts.samples == 2
+    triples, counts = read_preferences(Data(path=path, on_bad_row="skip"), TRIPLE)
+    assert [[sample.response for sample in triple] for triple in triples] == [["4", "four", "5"]]
+    assert (counts.bad_rows, counts.samples) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "sides", "message"),
+    [
+        ({"prompt": "a", "chosen": "b"}, PAIR, r"'prompt', 'chosen' and 'rejected'; it has \['chosen', 'prompt'\]"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, TRIPLE, r"'chosen', 'chosen_pivot' and 'rejected'; it has"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, PAIR, r"'chosen' and 'rejected' are the same: 'b'"),
+        (
+            {"prompt": "a", "chosen": "b", "chosen_pivot": "c", "rejected": "c"},
+            TRIPLE,
+            r"'chosen_pivot' and 'rejected' are the same: 'c'",
+        ),
+        ({"prompt": "a", "chosen": "", "rejected": "c"}, PAIR, "'chosen' is empty"),
+        (
+            {"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"},
+            PAIR,
+            "'chosen' must end with an assistant turn, not user",
+        ),
+    ],
+)
+def test_malformed_preferences_are_refused(row, sides, message):
+    with pytest.raises(DataError, match=message):
+        compared_of_row(row, sides)

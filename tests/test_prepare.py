@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from rayfuse.alignment import align
 from rayfuse.config import Data, InfiFPO, parse_config
-from rayfuse.data import read_pairs, read_samples
+from rayfuse.data import read_preferences, read_samples
 from rayfuse.errors import MissingSignalsError, TeacherError
 from rayfuse.models import fingerprint
 from rayfuse.prepare import Preparer, PrepareSpec
@@ -122,7 +122,7 @@ def test_of_preference_pairs_only_the_side_that_is_missing_is_asked(tiny, world)
     """The chosen responses are those of the data, which the store has: each text is forwarded once in all."""
     spec, samples = world
     Preparer(spec, Counting)(samples)
-    pairs, _ = read_pairs(Data(path=str(tiny.root / "pairs.jsonl"), limit=8))
+    pairs, _ = read_preferences(Data(path=str(tiny.root / "pairs.jsonl"), limit=8))
     both = [side for pair in pairs for side in pair]
     assert [sample.key for sample in both[0::2]] == [sample.key for sample in samples]
     spec = dataclasses.replace(spec, targets=("responses",), stage=InfiFPO(), k=None)

@@ -114,7 +114,7 @@ def config_of(bench: Bench, cell: Cell, output: Path) -> Config:
         "output": str(output),
         "seed": cell.seed,
     }
-    if any(STAGES[stage["method"]].uses_preferences for stage in stages):
+    if any(STAGES[stage["method"]].sides for stage in stages):
         pairs = write_once(pairs_of(texts, condition, cell.seed), data / f"{name}-pairs.jsonl")
         tree["preferences"] = {**tree["data"], "path": str(pairs)}
     return parse_config(tree, cell.name).absolute()
@@ -137,10 +137,7 @@ class Trained:
 def train_cell(bench: Bench, cell: Cell, config: Config) -> Trained:
     """All stages, one after the other, in this process."""
     fingerprints = _fingerprints(config)
-    sources = {
-        preferences: _source(config, preferences)
-        for preferences in sorted({stage.uses_preferences for stage in config.stages})
-    }
+    sources = {sides: _source(config, sides) for sides in sorted({stage.sides for stage in config.stages})}
     kept = None if cell.purpose == "cost" else bench.work / "students"
     wall, cpu = time.monotonic(), time.process_time()
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts again
@@ -182,13 +179,13 @@ def _train_once(kept: Path, job: StageJob) -> Path:
     return model
 
 
-def _source(config: Config, preferences: bool) -> Source:
+def _source(config: Config, sides: tuple[str, ...]) -> Source:
     """A data set cut into units: read once, then kept beside the data, whatever method learns from it."""
-    data = config.preferences if preferences else config.data
+    data = config.preferences if sides else config.data
     assert data is not None
-    kept = Path(data.path).with_suffix(".units")
+    kept = Path(data.path).with_suffix(".triples.units" if len(sides) > 2 else ".units")
     if not kept.exists():
-        source = load_source(config, preferences, Console(quiet=True))
+        source = load_source(config, sides, Console(quiet=True))
         units = [unit for block in ray.get(list(source.blocks)) for unit in block]
         beside = kept.with_name(f".{kept.name}.{os.getpid()}")
         beside.write_bytes(pickle.dumps((units, source.content, source.counts)))
@@ -204,7 +201,7 @@ def _teacher_use(config: Config) -> dict[str, float]:
     def total(*kinds: str) -> float:
         return sum(record[name] for record in records for name in record if name.split("/")[0] in kinds)
 
-    batches = {stage.method: stage.batch_size * (1 + stage.uses_preferences) for stage in config.stages}
+    batches = {stage.method: stage.batch_size * max(1, len(stage.sides)) for stage in config.stages}
     return {
         "steps": len(records),
         "texts": sum(batches[record["stage"].split("/")[0].split("-", 1)[1]] for record in records),

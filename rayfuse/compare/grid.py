@@ -173,4 +173,4 @@ def _everything(bench: Bench) -> Config:
 
 def _needs_texts(plan: Plan, cell: Cell) -> bool:
     method = plan.methods[cell.method]
-    return method.learns_from != "rows" or any(STAGES[stage["method"]].uses_preferences for stage in method.stages)
+    return method.learns_from != "rows" or any(STAGES[stage["method"]].sides for stage in method.stages)

@@ -19,16 +19,20 @@ from rayfuse.config.baselines import KL, ULD, FuseChat, FuseLLM, MiniLogit, ULDH
 from rayfuse.config.data import Benchmark, Data, Signals
 from rayfuse.config.endpoint import Endpoint, Stored
 from rayfuse.config.environment import RuntimeEnv
+from rayfuse.config.judges import JUDGES, Judge, RewardModel, UnitTests
 from rayfuse.config.loading import apply_override, config_json, load_config, parse_config
 from rayfuse.config.methods import STAGES
 from rayfuse.config.models import Model, Student
+from rayfuse.config.prefer import Prefer
 from rayfuse.config.run import Cluster, Config
 from rayfuse.config.section import Dtype, Place, Section
 from rayfuse.config.stages import (
     DPO,
     SFT,
+    WRPO,
     ByteKD,
     Distillation,
+    FusedPreference,
     InfiFPO,
     InfiFusion,
     InfiGFusion,
@@ -45,11 +49,13 @@ from rayfuse.config.vllm import VLLM
 
 __all__ = [
     "DPO",
+    "JUDGES",
     "KL",
     "SFT",
     "STAGES",
     "ULD",
     "VLLM",
+    "WRPO",
     "Benchmark",
     "ByteKD",
     "Cluster",
@@ -60,17 +66,21 @@ __all__ = [
     "Endpoint",
     "FuseChat",
     "FuseLLM",
+    "FusedPreference",
     "InfiFPO",
     "InfiFusion",
     "InfiGFusion",
+    "Judge",
     "Merge",
     "MiniLogit",
     "Model",
     "MultiLevelOT",
     "Place",
+    "Prefer",
     "Preference",
     "RankDistillation",
     "Replicas",
+    "RewardModel",
     "RuntimeEnv",
     "Section",
     "Signals",
@@ -82,6 +92,7 @@ __all__ = [
     "TeacherStage",
     "Trust",
     "ULDHybrid",
+    "UnitTests",
     "WassersteinKL",
     "apply_override",
     "config_json",

@@ -99,12 +99,19 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             child = {}
         elif isinstance(child, str):
             # `student: some/model` is short for a section: the override opens it.
-            child = {_SHORTHAND.get(parts[0], "model"): child}
+            child = {_SHORTHAND.get(part, _SHORTHAND.get(parts[0], "model")): child}
         node[index] = child
         node = child
 
 
-_SHORTHAND = {"data": "path", "preferences": "path", "evaluate": "path", "stages": "method"}
+_SHORTHAND = {
+    "data": "path",
+    "preferences": "path",
+    "evaluate": "path",
+    "stages": "method",
+    "prompts": "path",
+    "judge": "method",
+}
 
 
 def config_json(config: Config) -> str:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Tag
 
 from rayfuse.config.baselines import KL, ULD, FuseChat, FuseLLM, MiniLogit, ULDHybrid
 from rayfuse.config.section import named
-from rayfuse.config.stages import DPO, SFT, ByteKD, InfiFPO, InfiFusion, InfiGFusion, Stage, Trust
+from rayfuse.config.stages import DPO, SFT, WRPO, ByteKD, InfiFPO, InfiFusion, InfiGFusion, Stage, Trust
 from rayfuse.config.transport import MultiLevelOT, Sinkhorn, WassersteinKL
 
 STAGES: dict[str, type[Stage]] = {
@@ -19,6 +19,7 @@ STAGES: dict[str, type[Stage]] = {
     "trust": Trust,
     "infifpo": InfiFPO,
     "dpo": DPO,
+    "wrpo": WRPO,
     "kl": KL,
     "minilogit": MiniLogit,
     "uld": ULD,

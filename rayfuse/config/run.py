@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from rayfuse.config.data import Benchmark, Data, Signals
 from rayfuse.config.methods import AnyStage
-from rayfuse.config.models import Student
+from rayfuse.config.models import Model, Student
+from rayfuse.config.prefer import Prefer
 from rayfuse.config.section import Section, named
 from rayfuse.config.stages import Distillation
 from rayfuse.config.teachers import Teacher
@@ -41,6 +42,7 @@ class Config(Section):
     preferences: Annotated[Data | None, BeforeValidator(lambda value: named(value, "path"))] = Field(
         None, description="rows of prompt, chosen and rejected, for the stages that learn from preferences"
     )
+    prefer: Prefer | None = Field(None, description="preference or training data to make with `rayfuse prefer`")
     stages: tuple[AnyStage, ...]
     output: str = Field(min_length=1, description="run folder, on a file system that every node sees")
     signals: Signals = Signals()
@@ -90,7 +92,7 @@ class Config(Section):
             section = "preferences" if stage.uses_preferences else "data"
             data = self.preferences if section == "preferences" else self.data
             if data is None:
-                raise ValueError(f"{where} needs `preferences`: rows of prompt, chosen and rejected")
+                raise ValueError(f"{where} needs `preferences`: rows of prompt, {', '.join(stage.sides)}")
             units, rest = divmod(stage.batch_size, data.unit_size)
             if rest:
                 raise ValueError(
@@ -106,6 +108,32 @@ class Config(Section):
             if isinstance(stage, Distillation) and stage.k is not None and stage.k > self.signals.k:
                 raise ValueError(f"{where}: k {stage.k} is more than signals.k {self.signals.k}")
         return self
+
+    @model_validator(mode="after")
+    def _prefer_is_possible(self) -> Config:
+        prefer = self.prefer
+        if prefer is None:
+            return self
+        if self.prefer_output is None:
+            raise ValueError("prefer.output is missing: a .jsonl file to write (or `preferences`, to be made)")
+        teachers = sum(prefer.per_teacher for teacher in self.teachers if teacher.stored is None)
+        if prefer.write != "preferences" and not teachers:
+            raise ValueError(f"prefer.write: {prefer.write} needs responses of at least one teacher")
+        if teachers + prefer.pivot_count < 2 and prefer.write != "responses":
+            raise ValueError(
+                "prefer needs at least two responses to a prompt to compare; raise per_teacher or from_pivot"
+            )
+        return self
+
+    @property
+    def prefer_output(self) -> str | None:
+        """The file that `rayfuse prefer` writes; None where the configuration names none."""
+        if self.prefer is None:
+            return None
+        if self.prefer.output is not None:
+            return self.prefer.output
+        made = self.preferences.path if self.preferences is not None and self.prefer.write != "responses" else None
+        return made if made is not None and "://" not in made and made.endswith(".jsonl") else None
 
     def absolute(self) -> Config:
         """The same configuration with every local path absolute, for processes that run in other folders."""
@@ -134,6 +162,16 @@ class Config(Section):
         def file(section: Any) -> Any:
             return section and section.model_copy(update={"path": _absolute(section.path)})
 
+        prefer = self.prefer
+        if prefer is not None:
+            judge = prefer.judge
+            changes = {
+                "prompts": file(prefer.prompts),
+                "output": prefer.output and _absolute(prefer.output, True),
+                "judge": model(judge) if isinstance(judge, Model) else judge,
+                "store": prefer.store and _absolute(prefer.store, True),
+            }
+            prefer = prefer.model_copy(update=changes)
         signals = self.signals.model_copy(update={"store": self.signals.store and _absolute(self.signals.store, True)})
         return self.model_copy(
             update={
@@ -142,6 +180,7 @@ class Config(Section):
                 "data": file(self.data),
                 "preferences": file(self.preferences),
                 "evaluate": file(self.evaluate),
+                "prefer": prefer,
                 "signals": signals,
                 "output": _absolute(self.output, True),
             }

@@ -1,6 +1,6 @@
 """The losses of fusion: pure torch functions that know nothing of Ray."""
 
-from rayfuse.losses.fpo import fpo_loss, fuse_logps, wrpo_loss
+from rayfuse.losses.fpo import fpo_loss, fuse_logps, fuse_pairs, wrpo_loss
 from rayfuse.losses.fused_head import HeadOutput, fused_head
 from rayfuse.losses.gld import gauge, gld_distance, gld_features, gld_loss
 from rayfuse.losses.gw import gld_graphs, gw_couplings, gw_distance
@@ -14,6 +14,7 @@ __all__ = [
     "TeacherTopK",
     "fpo_loss",
     "fuse_logps",
+    "fuse_pairs",
     "fused_head",
     "gauge",
     "gld_distance",

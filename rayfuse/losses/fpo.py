@@ -4,7 +4,7 @@ Shapes: S teachers, N responses (or pairs of responses). Every log-probability i
 its number of tokens under the model's own tokenizer, the end of turn counted (InfiFPO, arXiv 2505.13878, eq. 10).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from rayfuse.errors import LossError
 
 CONFIDENCE_EPS = 1e-6
+Side = Literal["chosen", "rejected"]
 
 
 def fuse_logps(
@@ -20,7 +21,7 @@ def fuse_logps(
     initial: torch.Tensor,
     policy: torch.Tensor,
     *,
-    side: Literal["chosen", "rejected"],
+    side: Side,
     rule: Literal["max_margin", "mean", "confidence"] = "max_margin",
     clip: bool = True,
 ) -> torch.Tensor:
@@ -58,6 +59,46 @@ def fuse_logps(
         bound = torch.maximum if side == "chosen" else torch.minimum
         teachers_SN = bound(teachers_SN, initial_N)
     return RULES[rule](teachers_SN, policy_N)
+
+
+def fuse_pairs(
+    teachers: Mapping[str, torch.Tensor],
+    initial: Mapping[str, torch.Tensor],
+    policy: Mapping[str, torch.Tensor],
+    *,
+    rule: Literal["max_margin", "mean", "confidence"] = "max_margin",
+    clip: bool = True,
+    per: Literal["response", "pair"] = "response",
+) -> dict[str, torch.Tensor]:
+    """Fused log-probabilities of all responses to N prompts, by side: [N] each, without gradient.
+
+    Args:
+        teachers: per side [S, N]; the side "rejected" is a rejected response, every other one a chosen response.
+        initial, policy: per side [N].
+        rule, clip: see fuse_logps.
+        per: "response": fuse_logps on each side alone, as the paper does. "pair" [ours, max_margin only]: one teacher
+            serves all responses to a prompt, the one with the largest sum over the sides of
+            |exp(lp_i) - exp(lp_policy)|, so that both terms of a margin come from the same model.
+
+    Raises LossError as fuse_logps, and where `per` is "pair" and the rule chooses no teacher.
+
+    Paper: InfiFPO (arXiv 2505.13878), eq. 11 and 12.
+    """
+    if per not in ("response", "pair") or (per == "pair" and rule != "max_margin"):
+        raise LossError(f"fuse_pairs: per {per!r} must be response, or pair with the rule max_margin (it is {rule!r})")
+    kinds: dict[str, Side] = {side: "rejected" if side == "rejected" else "chosen" for side in teachers}
+    if per == "response":
+        return {
+            side: fuse_logps(teachers[side], initial[side], policy[side], side=kind, rule=rule, clip=clip)
+            for side, kind in kinds.items()
+        }
+    bounded = {
+        side: torch.stack([fuse_logps(one_N[None], initial[side], policy[side], side=kind, clip=clip) for one_N in of])
+        for (side, kind), of in zip(kinds.items(), teachers.values(), strict=True)
+    }
+    margins = [(of_SN.exp() - policy[side].detach().to(of_SN.dtype).exp()).abs() for side, of_SN in bounded.items()]
+    farthest_N = torch.stack(margins).sum(dim=0).argmax(dim=0)
+    return {side: of_SN.gather(0, farthest_N[None])[0] for side, of_SN in bounded.items()}
 
 
 def fpo_loss(

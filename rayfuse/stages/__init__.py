@@ -31,6 +31,7 @@ from rayfuse.stages.trust import trust_loss
 from rayfuse.stages.uld import uld_original_loss
 from rayfuse.stages.uld_hybrid import uld_hybrid_loss
 from rayfuse.stages.wasserstein_kl import wasserstein_kl_loss
+from rayfuse.stages.wrpo import wrpo_stage_loss
 
 Parts = dict[str, torch.Tensor]
 Loss = Callable[[Any, Any, FusionBatch, Counts], tuple[torch.Tensor, Parts]]
@@ -38,8 +39,10 @@ Loss = Callable[[Any, Any, FusionBatch, Counts], tuple[torch.Tensor, Parts]]
 
 @dataclass(frozen=True)
 class Method:
-    """A stage's method. On preferences, the batch's samples are chosen, rejected, chosen, ..., the student's output is
-    log-probabilities, and the last target is the stage's first model.
+    """A stage's method.
+
+    On preferences, the batch's samples are the stage's `sides` of one prompt after another (chosen, rejected, chosen,
+    ...), the student's output is log-probabilities, and the last target is the stage's first model.
 
     Attributes:
         loss: its loss on one micro-batch.
@@ -70,6 +73,7 @@ METHODS: dict[str, Method] = {
     "multilevelot": Method(multilevelot_loss, targets=("ranks", "teacher_ids")),
     "sinkhorn": Method(sinkhorn_loss),
     "wasserstein_kl": Method(wasserstein_kl_loss),
+    "wrpo": Method(wrpo_stage_loss, targets=("responses",)),
 }
 
 

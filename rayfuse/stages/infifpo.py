@@ -10,13 +10,12 @@ L       = pairmean -log sigmoid(u)                                              
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 
 from rayfuse.batch import Counts, FusionBatch, TeacherTarget
-from rayfuse.config import InfiFPO, Preference
-from rayfuse.losses import fpo_loss, fuse_logps
+from rayfuse.config import DPO, FusedPreference, InfiFPO, Preference
+from rayfuse.losses import fpo_loss, fuse_pairs
 
 Sides = dict[str, torch.Tensor]
 
@@ -30,20 +29,24 @@ def infifpo_loss(
     """
     *teachers, initial = [of_model(stage, target, logps_N.device) for target in batch.targets]
     policy = of_policy(stage, logps_N, batch)
-    fused = {side: _fuse(stage, teachers, initial, policy, side) for side in ("chosen", "rejected")}
-    return preference_loss(stage, policy, fused, totals)
+    return preference_loss(stage, policy, fuse_teachers(stage, teachers, initial, policy), totals)
 
 
-def _fuse(
-    stage: InfiFPO, teachers: Sequence[Sides], initial: Sides, policy: Sides, side: Literal["chosen", "rejected"]
-) -> torch.Tensor:
+def fuse_teachers(stage: FusedPreference, teachers: Sequence[Sides], initial: Sides, policy: Sides) -> Sides:
+    """lp_fu of every response, by side."""
     current = policy if stage.margin_from == "policy" else initial
-    teachers_SP = torch.stack([teacher[side] for teacher in teachers])
-    return fuse_logps(teachers_SP, initial[side], current[side].detach(), side=side, rule=stage.rule, clip=stage.clip)
+    return fuse_pairs(
+        {side: torch.stack([teacher[side] for teacher in teachers]) for side in stage.sides},
+        initial,
+        {side: logps_P.detach() for side, logps_P in current.items()},
+        rule=stage.rule,
+        clip=stage.clip,
+        per=stage.fuse_per,
+    )
 
 
 def preference_loss(
-    stage: Preference, policy: Sides, reference: Sides, totals: Counts
+    stage: InfiFPO | DPO, policy: Sides, reference: Sides, totals: Counts
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of the policy's log-probabilities against a reference's, and what to watch: accuracy and margin."""
     loss_P = fpo_loss(
@@ -54,24 +57,31 @@ def preference_loss(
         beta=stage.beta,
         variant=stage.variant,
     )
-    pairs = totals.samples / 2
     margin_P = (policy["chosen"] - reference["chosen"]) - (policy["rejected"] - reference["rejected"])
+    return mean_over_prompts(stage, loss_P, margin_P, policy["chosen"] > policy["rejected"], totals)
+
+
+def mean_over_prompts(
+    stage: Preference, loss_P: torch.Tensor, margin_P: torch.Tensor, preferred_P: torch.Tensor, totals: Counts
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """This micro-batch's share of the means over the prompts of the global batch: of the loss, and of what to watch."""
+    prompts = totals.samples / len(stage.sides)
     parts = {
-        "preferred": (policy["chosen"] > policy["rejected"]).sum().float() / pairs,
-        "margin": stage.beta * margin_P.detach().sum() / pairs,
+        "preferred": preferred_P.sum().float() / prompts,
+        "margin": stage.beta * margin_P.detach().sum() / prompts,
     }
-    return loss_P.sum() / pairs, parts
+    return loss_P.sum() / prompts, parts
 
 
 def of_policy(stage: Preference, logps_N: torch.Tensor, batch: FusionBatch) -> Sides:
-    """The student's own log-probability of each response, by side of the pair; differentiable."""
+    """The student's own log-probability of each response, by side; differentiable."""
     sample_N = torch.from_numpy(batch.sample).to(logps_N.device)
     logps_B = logps_N.new_zeros(len(batch.input_ids)).index_add(0, sample_N, logps_N)
     return _sides(stage, logps_B, torch.bincount(sample_N, minlength=len(logps_B)))
 
 
 def of_model(stage: Preference, target: TeacherTarget, device: torch.device) -> Sides:
-    """Another model's log-probability of each response, by side of the pair."""
+    """Another model's log-probability of each response, by side."""
     assert target.response_logps is not None
     assert target.response_tokens is not None
     return _sides(
@@ -80,5 +90,6 @@ def of_model(stage: Preference, target: TeacherTarget, device: torch.device) -> 
 
 
 def _sides(stage: Preference, logps_B: torch.Tensor, tokens_B: torch.Tensor) -> Sides:
+    """A unit holds the sides of one prompt after those of another: chosen, rejected, chosen, rejected, ..."""
     normalised_B = logps_B / tokens_B if stage.length_norm else logps_B
-    return {"chosen": normalised_B[0::2], "rejected": normalised_B[1::2]}
+    return {side: normalised_B[index :: len(stage.sides)] for index, side in enumerate(stage.sides)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rayfuse.errors import LossError
-from rayfuse.losses import fpo_loss, fuse_logps, wrpo_loss
+from rayfuse.losses import fpo_loss, fuse_logps, fuse_pairs, wrpo_loss
 
 # The InfiFPO authors' example: one pair, three teachers, policy = initial pivot.
 PIVOT = {"chosen": [-0.06974949687719345], "rejected": [-0.13944919407367706]}
@@ -152,6 +152,23 @@ def test_confidence_weighs_by_the_inverse_of_the_negative_log_probability():
     assert certain.item() == 0.0
 
 
+def test_one_teacher_per_pair_is_the_one_with_the_largest_sum_of_margins():
+    """Against a plain loop over pairs; clipped, no pair starts with a positive margin either."""
+    sides = ("chosen", "rejected")
+    teachers = {side: random_logps(4, 200, seed=i) for i, side in enumerate(sides, start=22)}
+    initial = {side: random_logps(200, seed=i) for i, side in enumerate(sides, start=24)}
+    fused = fuse_pairs(teachers, initial, initial, per="pair", clip=False)
+    for n in range(200):
+        margins = [sum(abs(teachers[s][i, n].exp() - initial[s][n].exp()) for s in sides) for i in range(4)]
+        winner = max(range(4), key=lambda i: margins[i])
+        assert all(fused[side][n] == teachers[side][winner, n] for side in sides)
+    clipped = fuse_pairs(teachers, initial, initial, per="pair")
+    assert (fpo_loss(*initial.values(), *clipped.values()) >= math.log(2) - 1e-12).all()
+    alone = fuse_pairs(teachers, initial, initial)
+    for side in sides:
+        assert alone[side].equal(fuse_logps(teachers[side], initial[side], initial[side], side=side))
+
+
 def test_nothing_but_the_policy_has_a_gradient():
     policy = [random_logps(3, seed=i).requires_grad_() for i in (11, 12)]
     fused = [random_logps(3, seed=i).requires_grad_() for i in (13, 14)]
@@ -192,6 +209,7 @@ LP = -torch.ones(2)
         (lambda: fuse_logps(-LP[None], LP, LP, side="chosen"), "teachers must be finite log-probabilities"),
         (lambda: fuse_logps(LP[None], LP * torch.nan, LP, side="chosen"), "initial must be finite"),
         (lambda: fuse_logps(LP[None], LP, LP * torch.inf, side="chosen"), "policy must be finite"),
+        (lambda: fuse_pairs({}, {}, {}, rule="mean", per="pair"), "per 'pair'.*'mean'"),
         (lambda: fpo_loss(LP, LP, LP, LP[:1]), r"\(1,\)"),
         (lambda: fpo_loss(LP, LP, LP, LP, beta=0.0), "beta is 0.0"),
         (lambda: fpo_loss(LP, LP, LP, LP, variant="dpo"), "dpo"),

@@ -1,0 +1,373 @@
+"""Preference and training data made by the models themselves.
+
+prompts -> units -> answers of every teacher and the pivot (kept in the answer store) -> judged -> best, worst -> rows
+
+Units of prompts go through it in parallel, a bounded number at a time. What is written depends on configuration, data
+and seed: not on timing, on who answered, or on what was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from rayfuse import resources
+from rayfuse.answers import AnswerStore, Sampling, Source, answers_of
+from rayfuse.choosing import Response, Rows, rows_of_prompt
+from rayfuse.config import Config, Data, Model, Prefer, Teacher
+from rayfuse.data import DataCounts, Sample
+from rayfuse.errors import ConfigError, DataError, RayfuseError
+from rayfuse.fuse import as_teacher, write_whole
+from rayfuse.judges import JudgeActor
+from rayfuse.metrics import PLAIN_EVERY_S
+from rayfuse.models import fingerprint
+from rayfuse.prompts import Prompt, read_prompts
+from rayfuse.teachers import deployment
+from rayfuse.units import form_units, measure
+
+SIDES = ("chosen", "chosen_pivot", "response", "rejected")
+"""Keys of responses in a row."""
+
+
+def prefer(config: Config, *, console: Console | None = None) -> Path:
+    """Make the data that `prefer` asks for; returns the file of rows. Its summary lies beside it.
+
+    Started again, it finds the answers that are there already and goes on.
+
+    Raises:
+        RayfuseError: anything that cannot go on; the answers so far are kept.
+    """
+    console = console or Console()
+    config = config.absolute()
+    settings, data, output = _what(config)
+    identity = _identity(config, settings)
+    _refuse_other_file(output, identity)
+    embedded = resources.connect(config)
+    units, counts, dropped = _read(config, settings, data)
+    console.print(f"{counts.rows:,} rows, {counts.samples:,} prompts in {len(units):,} units", highlight=False)
+    sources = _sources(config, settings)
+    for teacher in config.teachers:
+        if teacher.stored is not None:
+            console.print(f"{teacher.name} is only its stored signals and answers nothing")
+    AnswerStore(sources[0].store).check()
+    deployment.deploy([(source.model, source.fingerprint) for source in sources], config.signals.k)
+    try:
+        made = _make(config, settings, data, sources, units, console)
+    finally:
+        if embedded:
+            deployment.delete([(source.model, source.fingerprint) for source in sources])
+    summary = {
+        "identity": identity,
+        "write": settings.write,
+        "rows": len(made.rows),
+        "counts": {"rows read": counts.rows, "malformed rows": counts.bad_rows, **dropped, **made.left_out},
+        "models": made.of_models,
+        "settings": settings.model_dump(mode="json"),
+    }
+    _write_rows(output, made.rows)
+    write_whole(summary_path(output), json.dumps(summary, indent=2) + "\n")
+    return output
+
+
+def summary_path(output: Path) -> Path:
+    """Where the summary of a file of rows is."""
+    return output.with_suffix(".summary.json")
+
+
+def _what(config: Config) -> tuple[Prefer, Data, Path]:
+    if config.prefer is None or config.prefer_output is None:
+        raise ConfigError("the configuration has no `prefer` section; say there what to make, for example judge: exact")
+    return config.prefer, config.prefer.prompts or config.data, Path(config.prefer_output).resolve()
+
+
+def _identity(config: Config, settings: Prefer) -> str:
+    """Hash of the settings that the rows depend on, without the data's content."""
+    exclude = {"in_flight": True, "store": True, "replicas": True, "output": True}
+    parts = {
+        "prefer": settings.model_dump(mode="json", exclude=exclude),
+        "data": config.data.model_dump(mode="json"),
+        "models": [model.model for model in (config.student, *config.teachers)],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_other_file(output: Path, identity: str) -> None:
+    """Raises DataError where the file is there and was not made from the same settings."""
+    if not output.exists():
+        return
+    there = summary_path(output)
+    made_by = json.loads(there.read_text(encoding="utf-8")).get("identity") if there.exists() else None
+    if made_by != identity:
+        raise DataError(
+            f"{output} is there already, made with other settings: move it away, or set another prefer.output"
+        )
+
+
+def _read(config: Config, settings: Prefer, data: Data) -> tuple[list[list[Prompt]], DataCounts, dict[str, int]]:
+    """The prompts in units, and what was left out. Of equal prompts the first counts."""
+    prompts, counts = read_prompts(data, settings.judge.needs if settings.judge else "")
+    by_key: dict[str, Prompt] = {}
+    for prompt in prompts:
+        by_key.setdefault(prompt.sample.key, prompt)
+    groups = [(prompt.sample,) for prompt in by_key.values()]
+    units, counts = form_units(config, data, groups, counts)
+    dropped = {
+        "duplicate prompts": len(prompts) - len(by_key),
+        "prompts too long": counts.too_long,
+        "prompts a model cannot read": counts.unreadable,
+    }
+    return [[by_key[sample.key] for sample in unit] for unit in units], counts, dropped
+
+
+def _sources(config: Config, settings: Prefer) -> list[Source]:
+    """Who answers: every teacher that is more than its stored signals, then the pivot."""
+    pivot = as_teacher(config, "pivot").model_copy(update={"replicas": settings.replicas})
+    live = [teacher for teacher in config.teachers if teacher.stored is None]
+    asked = [*((teacher, settings.per_teacher) for teacher in live), (pivot, settings.pivot_count)]
+    asked = [(model, count) for model, count in asked if count]
+    store = settings.store or str(Path(config.output) / "answers")
+    with ThreadPoolExecutor(4) as pool:
+        prints = pool.map(lambda one: fingerprint(one[0], config.signals.k), asked)
+        return [
+            Source(model, print_, Sampling(count, settings.temperature, settings.max_new_tokens, settings.seed), store)
+            for (model, count), print_ in zip(asked, prints, strict=True)
+        ]
+
+
+# --- units through answering and judging ------------------------------
+
+
+@dataclass
+class Made:
+    """What came of the prompts so far.
+
+    Attributes:
+        rows: in the order of the prompts' keys.
+        left_out: prompts without a row, by reason.
+        of_models: per model what its responses were: how many, usable ones, how many of them different from each other,
+            faulty ones by fault, mean score of the usable, and how often chosen and rejected.
+    """
+
+    rows: Rows = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    of_models: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, settings: Prefer, prompt: Prompt, responses: Sequence[Response]) -> None:
+        """Take one prompt's responses in."""
+        rows, reason = rows_of_prompt(settings, prompt, responses)
+        self.rows += rows
+        if reason:
+            self.left_out[f"prompts left out: {reason}"] += 1
+        for response in responses:
+            of = self.of_models.setdefault(response.model, {"responses": 0, "usable": 0, "different": 0, "score": 0.0})
+            of["responses"] += 1
+            if response.fault:
+                of[response.fault] = of.get(response.fault, 0) + 1
+            else:
+                of["score"] = (of["score"] * of["usable"] + response.score) / (of["usable"] + 1)
+                of["usable"] += 1
+        for model, _ in {(response.model, response.text) for response in responses if not response.fault}:
+            self.of_models[model]["different"] += 1
+        for row in rows:
+            for side in SIDES:
+                if side in row:
+                    of = self.of_models[row["provenance"][side]["model"]]
+                    of[side] = of.get(side, 0) + 1
+
+
+def _make(
+    config: Config,
+    settings: Prefer,
+    data: Data,
+    sources: Sequence[Source],
+    units: Sequence[list[Prompt]],
+    console: Console,
+) -> Made:
+    """Answer and judge all units, and choose once all are done, in an order that does not depend on who was first."""
+    done: dict[str, tuple[Prompt, list[Response]]] = {}
+    with _Progress(console, sum(map(len, units))) as progress:
+        for index, responses in _judged(config, settings, data, sources, units):
+            for prompt, of_prompt in zip(units[index], responses, strict=True):
+                done[prompt.sample.key] = prompt, of_prompt
+            progress.advance(len(units[index]))
+    made = Made()
+    for key in sorted(done):
+        made.add(settings, *done[key])
+    return made
+
+
+def _judged(
+    config: Config, settings: Prefer, data: Data, sources: Sequence[Source], units: Sequence[list[Prompt]]
+) -> Iterator[tuple[int, list[list[Response]]]]:
+    """(unit, its responses with faults and scores) as they are done; at most `in_flight` units at a time."""
+    task: Any = ray.remote(respond).options(**resources.prepare_task())
+    judges = _Judges(settings)
+    stages: dict[Any, tuple[int, str]] = {}
+    parts: dict[int, list[list[Response]]] = {}
+    waiting = iter(range(len(units)))
+    models: Any = ray.put((config.student, config.teachers, data.max_length, list(sources)))
+
+    def begin() -> None:
+        index = next(waiting, None)
+        if index is not None:
+            stages[task.remote(models, units[index])] = (index, "answered")
+
+    for _ in range(settings.in_flight):
+        begin()
+    while stages:
+        (ready,), _ = ray.wait(list(stages), num_returns=1)
+        index, stage = stages.pop(ready)
+        try:
+            result = ray.get(ready)
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, RayfuseError) else error from None
+        if stage == "answered":
+            parts[index] = result
+            pairs = _to_judge(units[index], parts[index])
+            if judges.actors and pairs:
+                stages[judges.score(pairs, index)] = (index, "judged")
+                continue
+        elif stage == "judged":
+            judges.finished(index)
+            _give_scores(units[index], parts[index], result)
+        yield index, parts.pop(index)
+        begin()
+
+
+class _Judges:
+    """The judge's actors; a unit goes to the one with the least to do."""
+
+    def __init__(self, settings: Prefer) -> None:
+        judge = settings.judge
+        self.actors: list[Any] = []
+        if judge is not None:
+            actor: Any = JudgeActor
+            options = resources.judge_actor(judge)
+            self.actors = [actor.options(**options).remote(judge) for _ in range(judge.workers)]
+        self.busy = [0] * len(self.actors)
+        self.of_unit: dict[int, int] = {}
+
+    def score(self, pairs: list[tuple[Prompt, str]], unit: int) -> Any:
+        """A reference to the scores of the pairs."""
+        least = min(range(len(self.actors)), key=self.busy.__getitem__)
+        self.busy[least] += 1
+        self.of_unit[unit] = least
+        return self.actors[least].score.remote(pairs)
+
+    def finished(self, unit: int) -> None:
+        """A unit's scores are there."""
+        self.busy[self.of_unit.pop(unit)] -= 1
+
+
+def _to_judge(unit: Sequence[Prompt], responses: Sequence[Sequence[Response]]) -> list[tuple[Prompt, str]]:
+    """Every different usable text of every prompt once, in order."""
+    return [
+        (prompt, text)
+        for prompt, of_prompt in zip(unit, responses, strict=True)
+        for text in dict.fromkeys(response.text for response in of_prompt if not response.fault)
+    ]
+
+
+def _give_scores(unit: Sequence[Prompt], responses: list[list[Response]], scores: Sequence[float]) -> None:
+    left = iter(scores)
+    for index, of_prompt in enumerate(responses):
+        of_text: dict[str, float] = {}
+        for response in of_prompt:
+            if not response.fault and response.text not in of_text:
+                of_text[response.text] = next(left)
+        responses[index] = [replace(r, score=of_text[r.text]) if not r.fault else r for r in of_prompt]
+
+
+def respond(models: tuple[Model, tuple[Teacher, ...], int, list[Source]], unit: list[Prompt]) -> list[list[Response]]:
+    """All sources' responses to each prompt of a unit, with what makes one unfit to learn from; a Ray task.
+
+    A response is checked as a run will: student and teachers (the first two of `models`) must read it exactly, and it
+    must fit the longest length (the third) with its prompt.
+    """
+    student, teachers, max_length, sources = models
+    answers = answers_of(sources, [prompt.sample for prompt in unit])
+    responses = [
+        [
+            Response(text, source.model.name, source.fingerprint, index)
+            for source, of_source in zip(sources, answers, strict=True)
+            for index, text in enumerate(of_source[number])
+        ]
+        for number in range(len(unit))
+    ]
+    samples: list[Sample] = []
+    for prompt, of_prompt in zip(unit, responses, strict=True):
+        samples += [prompt.answered(text) for text in dict.fromkeys(r.text for r in of_prompt if r.text.strip())]
+    faults = {}
+    for sample, size in zip(samples, measure(student, teachers, samples), strict=True):
+        faults[sample.key] = "unreadable" if size.fault else "too long" if size.total > max_length else ""
+    return [
+        [replace(r, fault=faults[prompt.answered(r.text).key] if r.text.strip() else "empty") for r in of_prompt]
+        for prompt, of_prompt in zip(unit, responses, strict=True)
+    ]
+
+
+# --- what is shown and written ------------------------------
+
+
+class _Progress:
+    """Prompts answered and judged: one line that moves on a terminal, now and then a line in a log."""
+
+    def __init__(self, console: Console, prompts: int) -> None:
+        self.console, self.prompts = console, prompts
+        self.done, self.shown_at = 0, time.monotonic()
+        columns = (TextColumn("prompts answered and judged"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, *times, console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task("prompts", total=prompts)
+
+    def __enter__(self) -> _Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def advance(self, prompts: int) -> None:
+        """So many more are done."""
+        self.done += prompts
+        self.bar.advance(self.task, prompts)
+        if not self.console.is_terminal and time.monotonic() - self.shown_at >= PLAIN_EVERY_S:
+            self.shown_at = time.monotonic()
+            self.console.print(f"{self.done:,} of {self.prompts:,} prompts answered and judged", highlight=False)
+
+
+def _write_rows(output: Path, rows: Rows) -> None:
+    if not rows:
+        raise DataError(
+            "no prompt gives a row: all responses are empty, tied or below min_score. The answers are kept; change "
+            "judge, min_score or min_gap, or sample more responses"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """What each model contributed."""
+    sides = [side for side in SIDES if any(side in of for of in summary["models"].values())]
+    table = Table(title=f"{summary['rows']:,} rows of {summary['write']}")
+    table.add_column("model")
+    for name in ("responses", "usable", "different", "mean score", *sides):
+        table.add_column(name, justify="right")
+    for model, of in summary["models"].items():
+        counts = [f"{of.get(side, 0):,}" for side in sides]
+        numbers = [f"{of[name]:,}" for name in ("responses", "usable", "different")]
+        table.add_row(model, *numbers, f"{of['score']:.4g}", *counts)
+    return table
