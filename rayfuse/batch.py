@@ -26,6 +26,8 @@ class TeacherTarget:
         unmatched: [ceil(V / 8)] uint8 or None: a bit per token of the student, 1 where the teacher has none of the same
             bytes.
         overlap: share of the teacher's tokens that the student has too; known where `unmatched` is.
+        answered: [B] bool or None: samples that this teacher has signals for; None: all. Where it has none, it has no
+            rows, and the other fields hold nothing that may be read.
     """
 
     teacher: str
@@ -39,6 +41,7 @@ class TeacherTarget:
     teacher_ids: np.ndarray | None = None
     unmatched: np.ndarray | None = None
     overlap: float = 0.0
+    answered: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,28 @@ class FusionBatch:
     @property
     def counts(self) -> Counts:
         """The losses' denominators."""
-        return Counts(len(self.labels), len(self.input_ids), tuple(len(target.rows) for target in self.targets))
+        return Counts(
+            len(self.labels),
+            len(self.input_ids),
+            tuple(len(target.rows) for target in self.targets),
+            tuple(float(target.answered[self.sample].sum()) for target in self.targets if target.answered is not None),
+        )
+
+    @property
+    def shares(self) -> np.ndarray | None:
+        """f_b [B]: by how much the remaining teachers count more in each sample, so that their weights add up to those
+        of all teachers; None where every teacher answered every sample.
+
+            f_b = SUM_s w_s / SUM_{s answered b} w_s
+        """
+        answered = [target.answered for target in self.targets]
+        if all(of_teacher is None or of_teacher.all() for of_teacher in answered):
+            return None
+        weights_S = np.array([target.weight for target in self.targets])
+        everywhere_B = np.ones(len(self.input_ids), dtype=bool)
+        answered_SB = np.stack([everywhere_B if of_teacher is None else of_teacher for of_teacher in answered])
+        share_B: np.ndarray = weights_S.sum() / (weights_S @ answered_SB)
+        return share_B
 
 
 @dataclass(frozen=True)
@@ -82,18 +106,27 @@ class Counts:
         tokens: predicted positions.
         samples: samples.
         pairs: per teacher, positions aligned with it.
+        answered: per teacher, predicted positions of the samples that it answered; empty where none is dropped.
     """
 
     tokens: float
     samples: float
     pairs: tuple[float, ...] = ()
+    answered: tuple[float, ...] = ()
 
     def as_array(self) -> np.ndarray:
-        """float64 [2 + teachers], for sums over micro-batches and workers."""
-        return np.array([self.tokens, self.samples, *self.pairs], dtype=np.float64)
+        """float64 [2 + teachers (+ teachers)], for sums over micro-batches and workers."""
+        return np.array([self.tokens, self.samples, *self.pairs, *self.answered], dtype=np.float64)
 
     @staticmethod
-    def of_array(values: np.ndarray) -> Counts:
-        """The inverse of `as_array`."""
-        tokens, samples, *pairs = values.tolist()
-        return Counts(tokens, samples, tuple(pairs))
+    def of_array(values: np.ndarray, teachers: int | None = None) -> Counts:
+        """The inverse of `as_array`; `teachers` tells `pairs` from `answered`, where there is any."""
+        tokens, samples, *rest = values.tolist()
+        of_each = len(rest) if teachers is None else teachers
+        return Counts(tokens, samples, tuple(rest[:of_each]), tuple(rest[of_each:]))
+
+    def expected_pairs(self, s: int) -> float:
+        """The positions that teacher s would be aligned with, had it answered every sample."""
+        if not self.answered or self.answered[s] == self.tokens:
+            return self.pairs[s]
+        return self.pairs[s] * self.tokens / max(self.answered[s], 1)

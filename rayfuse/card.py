@@ -85,11 +85,11 @@ def public_name(value: str) -> str:
 
 
 def public_config(config: Config) -> dict[str, Any]:
-    """The resolved configuration with `public_name` for every path, and without the cluster it happened to run on.
+    """The resolved configuration with `public_name` for every path, and without where it happened to run.
 
     Of a teacher's endpoint the model's name is left: where a company's servers and secrets are is nobody's business.
     """
-    tree = config.model_dump(mode="json", exclude={"cluster"})
+    tree = config.model_dump(mode="json", exclude={"cluster": True, "serving": {"http"}})
     for teacher in tree["teachers"]:
         if teacher["endpoint"] is not None:
             teacher["endpoint"] = {"model": teacher["endpoint"]["model"]}

@@ -376,7 +376,8 @@ def check_machine(config: Config) -> Iterator[Finding]:
     wanted |= {f"teachers.{i}.gpus": teacher.gpus for i, teacher in enumerate(config.teachers)}
     there = torch.cuda.device_count()
     missing = {where: gpus for where, gpus in wanted.items() if gpus > there}
-    if not missing and sum(wanted.values()) > there:  # student and teachers work at the same time
+    together = config.serving.mode == "online"  # otherwise teachers and student take turns
+    if not missing and together and sum(wanted.values()) > there:
         missing = {"student.gpus, teachers.N.gpus": sum(wanted.values())}
     for where, gpus in missing.items():
         yield Finding(where, f"{gpus:g} GPUs are asked for, but this machine has {there}; lower it, or use a cluster")
@@ -394,6 +395,24 @@ def check_environments(config: Config) -> Iterator[Finding]:
             yield Finding(f"teachers.{index}.runtime_env ({teacher.name})", fault)
 
 
+def check_serving(config: Config) -> Iterator[Finding]:
+    """Every stage can go on without a teacher, where it may have to; and HTTP has its token."""
+    from rayfuse.http.gate import read_token
+    from rayfuse.stages import METHODS
+
+    if config.serving.on_missing == "drop":
+        for index, stage in enumerate(config.stages):
+            if stage.uses_teachers and not METHODS[stage.method].partial:
+                able = ", ".join(name for name, method in METHODS.items() if method.partial)
+                yield Finding(
+                    "serving.on_missing",
+                    f"stages.{index} ({stage.method}) cannot go on without one of its teachers; use wait or fail (drop "
+                    f"works for {able})",
+                )
+    if config.serving.http is not None:
+        read_token(config.serving.http)
+
+
 CHECKS: dict[str, Callable[[Config], Iterator[Finding]]] = {
     "output": check_output,
     "signals.store": check_store,
@@ -404,4 +423,5 @@ CHECKS: dict[str, Callable[[Config], Iterator[Finding]]] = {
     "evaluate": check_evaluation,
     "machine": check_machine,
     "environments": check_environments,
+    "serving": check_serving,
 }

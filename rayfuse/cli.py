@@ -107,6 +107,32 @@ def quickstart(
     show_results(folder, console)
 
 
+@app.command()
+def teachers(
+    config: ConfigFile,
+    action: Annotated[str, typer.Argument(help="up, down, status or scale", show_default=False)],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(help="NAME N of scale; a.b=value ...: changes to the file", show_default=False),
+    ] = None,
+) -> None:
+    """Keep a configuration's teachers up apart from a run, so that several runs share them."""
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    resolved = load_config(config, overrides)
+    from rayfuse.teachers.manage import manage
+
+    manage(resolved, action, [argument for argument in arguments or [] if "=" not in argument], Console())
+
+
+@app.command("serve-teachers")
+def serve_teachers(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Let people and programs ask a configuration's teachers over HTTP, while runs use them."""
+    resolved = load_config(config, overrides or [])
+    from rayfuse.http.server import serve_teachers as serve
+
+    serve(resolved, Console())
+
+
 @inspect_app.command("align")
 def inspect_align(
     config: ConfigFile,

@@ -49,6 +49,14 @@ class DeadEngineError(TeacherError):
     """The engine of a teacher is gone: this process can answer no more, another can."""
 
 
+class TeacherGoneError(TeacherError):
+    """A teacher cannot start, or has not answered for longer than its patience."""
+
+
+class ParityError(TeacherError):
+    """A teacher's answers are not what its own weights say."""
+
+
 class MissingSignalsError(RayfuseError, LookupError):
     """A sample has no teacher signals where the method needs them."""
 

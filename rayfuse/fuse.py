@@ -27,21 +27,24 @@ from rich.console import Console
 
 from rayfuse import resources
 from rayfuse.card import public_name, write_card
-from rayfuse.check import check_environments, check_evaluation, check_machine
+from rayfuse.check import check_environments, check_evaluation, check_machine, check_serving
 from rayfuse.config import Config, Data, Model, Teacher, TeacherStage, config_json
 from rayfuse.data import DataCounts
 from rayfuse.errors import CheckpointError, ConfigError
 from rayfuse.evaluate import evaluate_model, read_items
+from rayfuse.filling import fill
+from rayfuse.http.server import served
 from rayfuse.metrics import LiveLine
 from rayfuse.models import fingerprint
 from rayfuse.pairwise import train_pairwise
-from rayfuse.prepare import PrepareSpec
+from rayfuse.prepare import INITIAL, PrepareSpec
 from rayfuse.report import write_report
 from rayfuse.stages import METHODS, ranks
 from rayfuse.store import SignalStore
 from rayfuse.student.group import train_group
 from rayfuse.student.worker import BLOCK, StageJob
 from rayfuse.teachers import deployment
+from rayfuse.teachers.parity import check_parity
 from rayfuse.units import load_units
 
 
@@ -68,6 +71,30 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
     with timed("identify teachers"):
         fingerprints = _fingerprints(config)
         _describe(config, fingerprints)
+    teachers = [(teacher, fingerprints[teacher.name]) for teacher in config.teachers if fingerprints]
+    if teachers:
+        with timed("check teachers"):
+            check_parity(teachers, config.signals.k, SignalStore(config.store_url), console, [config.student])
+    with served(teachers, config.signals.k, config.serving.http, console):
+        _train_stages(config, fingerprints, sources, timed, console)
+    counts = {KINDS[len(sides)][0]: asdict(source.counts) for sides, source in sources.items()}
+    results: dict[str, Any] = {**counts, "models": [], "times": timed.seconds}
+    if config.evaluate is not None:
+        with timed("evaluate"):
+            if embedded:  # nobody else uses these teachers: their memory is free for the evaluation
+                deployment.delete(teachers)
+            results["models"] = evaluate_all(config)
+    return _finish(config, results)
+
+
+def _train_stages(
+    config: Config,
+    fingerprints: dict[str, str],
+    sources: Mapping[tuple[str, ...], Source],
+    timed: Stopwatch,
+    console: Console,
+) -> None:
+    """Every stage that is not done yet, each from the model before it."""
     for index in range(len(config.stages)):
         name = config.stage_folder(index).name
         if (config.stage_folder(index) / "model").exists():
@@ -75,21 +102,17 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
             continue
         with timed(name):
             job = _stage_job(config, index, fingerprints, sources)
-            if job.spec.teachers:
-                deployment.deploy(job.spec.teachers, config.signals.k)
-            with LiveLine(Path(config.output) / "metrics.jsonl", console):
+            first = config.serving.mode == "first"
+            if first:
+                fill(job, console)
+            with (
+                deployment.borrowed(() if first else job.spec.teachers, config.signals.k),
+                LiveLine(Path(config.output) / "metrics.jsonl", console),
+            ):
                 if isinstance(job.stage, TeacherStage) and job.stage.merge is not None:
                     train_pairwise(job, job.stage.merge)
                 else:
                     train_group(job)
-    counts = {KINDS[len(sides)][0]: asdict(source.counts) for sides, source in sources.items()}
-    results: dict[str, Any] = {**counts, "models": [], "times": timed.seconds}
-    if config.evaluate is not None:
-        with timed("evaluate"):
-            if embedded:  # nobody else uses these teachers: their memory is free for the evaluation
-                deployment.delete([(t, fingerprints[t.name]) for t in config.teachers if t.name in fingerprints])
-            results["models"] = evaluate_all(config)
-    return _finish(config, results)
 
 
 def _refuse_faults(config: Config) -> None:
@@ -100,7 +123,7 @@ def _refuse_faults(config: Config) -> None:
     """
     faults = [
         finding
-        for check in (check_machine, check_environments, check_evaluation)
+        for check in (check_machine, check_environments, check_serving, check_evaluation)
         for finding in check(config)
         if finding.fault
     ]
@@ -121,9 +144,7 @@ def _open_run_folder(config: Config, resume: bool) -> None:
         if not resume:
             raise CheckpointError(f"{folder} already holds a run: go on with --resume, or use another `output`")
         before, now = json.loads(there.read_text(encoding="utf-8")), json.loads(text)
-        changed = sorted(
-            key for key in now if before.get(key) != now[key] and key not in ("evaluate", "cluster", "prefer")
-        )
+        changed = sorted(key for key in now if before.get(key) != now[key] and key not in NOT_THE_RESULT)
         if changed:
             raise CheckpointError(
                 f"{folder} holds a run with another configuration ({', '.join(changed)} changed): use another `output`"
@@ -134,6 +155,8 @@ def _open_run_folder(config: Config, resume: bool) -> None:
 
 KINDS = {0: ("data", "samples"), 2: ("preferences", "pairs"), 3: ("triples", "triples")}
 """What the data of a stage is called in results.json, and what it holds, by the number of the stage's sides."""
+NOT_THE_RESULT = ("evaluate", "cluster", "prefer", "serving")
+"""Sections that a resumed run may change."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +223,7 @@ def _stage_job(
     start = str(config.stage_folder(index - 1) / "model") if previous else config.student.model
     teachers = [(teacher, fingerprints[teacher.name]) for teacher in config.teachers if stage.uses_teachers]
     if stage.uses_preferences:
-        initial = as_teacher(config, "initial", start if previous else None)
+        initial = as_teacher(config, INITIAL, start if previous else None)
         teachers.append((initial, fingerprint(initial, config.signals.k)))
     data = cast(Data, config.preferences) if stage.uses_preferences else config.data
     spec = PrepareSpec(
@@ -212,6 +235,7 @@ def _stage_job(
         max_length=data.max_length,
         targets=METHODS[stage.method].targets,
         stage=stage,
+        on_missing=config.serving.on_missing,
     )
     identity = {
         "stage": stage.model_dump(mode="json", exclude={"save_every": True, "keep": True, "merge": {"parallel"}}),

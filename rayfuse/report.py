@@ -251,7 +251,23 @@ def _asked_section(stages: dict[str, list[Record]]) -> str:
         "store, the whole unit is asked, and the samples that were there count on both sides."
     )
     keys = [Part("asked of the teacher", 0, "", SERIES[0]), Part("found in the signal store", 0, "", SERIES[7])]
-    return charts.legend(keys) + charts.bar_rows(rows, full) + _note(note)
+    return charts.legend(keys) + charts.bar_rows(rows, full) + _note(note) + _dropped_note(stages)
+
+
+def _dropped_note(stages: dict[str, list[Record]]) -> str:
+    """What was fused without some of its teachers, because they were gone; nothing where nothing was."""
+    counts = {
+        f"{stage} · {name}": sum(record[f"dropped/{name}"] for record in records)
+        for stage, name, records in _teacher_stages(stages, "dropped/")
+    }
+    lost = {where: count for where, count in counts.items() if count}
+    if not lost:
+        return ""
+    where = ", ".join(f"{where}: {count:,.0f}" for where, count in lost.items())
+    return _note(
+        f"{sum(lost.values()):,.0f} (sample, teacher) pairs were dropped because the teacher was gone "
+        f"(serving.on_missing: drop), and the remaining teachers counted more there. {where}."
+    )
 
 
 def _teacher_stages(stages: dict[str, list[Record]], prefix: str) -> Iterator[tuple[str, str, list[Record]]]:

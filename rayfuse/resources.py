@@ -162,12 +162,21 @@ def teacher_environment(teacher: Teacher) -> dict[str, Any]:
     return {**inherited, **changes, "env_vars": env_vars}
 
 
-def teacher_deployment(teacher: Teacher) -> dict[str, Any]:
+def parity_task(teacher: Teacher) -> dict[str, Any]:
+    """Options of the plain forward that a teacher's answers are compared with."""
+    return {"num_cpus": teacher.cpus, "num_gpus": min(teacher.gpus, 1.0), "max_retries": 2}
+
+
+def teacher_deployment(teacher: Teacher, bounds: tuple[int, int] | None = None) -> dict[str, Any]:
     """Options of a teacher's Serve deployment.
 
     A replica computes one unit at a time and holds the next, so that it never waits for work; autoscaling follows the
-    units in flight, from zero and back. One that is split over GPUs gets them on one node, by a placement group.
+    units in flight, from zero and back, between `bounds` (smallest and largest number of copies; default:
+    teacher.replicas). One that is split over GPUs gets them on one node, by a placement group.
     """
+    replicas = teacher.replicas
+    low, high = bounds or (replicas.min, replicas.max)
+    downscale_s = replicas.idle_s if replicas.downscale_s is None else replicas.downscale_s
     actor: dict[str, Any] = {"num_cpus": teacher.cpus, "num_gpus": teacher.gpus}
     if teacher.runtime_env is not None:
         actor["runtime_env"] = teacher_environment(teacher)
@@ -182,13 +191,12 @@ def teacher_deployment(teacher: Teacher) -> dict[str, Any]:
         "health_check_timeout_s": 60,
         "graceful_shutdown_timeout_s": 30,
         "autoscaling_config": {
-            "min_replicas": teacher.replicas.min,
-            "initial_replicas": teacher.replicas.min,
-            "max_replicas": teacher.replicas.max,
+            "min_replicas": low,
+            "max_replicas": high,
             "target_ongoing_requests": 2,
-            "upscale_delay_s": 5,
-            "downscale_delay_s": teacher.replicas.idle_s,
-            "downscale_to_zero_delay_s": teacher.replicas.idle_s,
+            "upscale_delay_s": replicas.upscale_s,
+            "downscale_delay_s": downscale_s,
+            "downscale_to_zero_delay_s": replicas.idle_s,
             "metrics_interval_s": 2,
             "look_back_period_s": 5,
         },

@@ -172,3 +172,24 @@ class SignalStore(ObjectStore):
                 about = {}
             known[folder.rstrip("/").rsplit("/", 1)[-1]] = about if isinstance(about, dict) else {}
         return known
+
+    def note(self, fingerprint: str, name: str) -> dict[str, Any] | None:
+        """A small JSON object kept beside a teacher's signals, or None where there is none that can be read."""
+        try:
+            note = json.loads(self.fs.cat_file(f"{self.root}/{fingerprint}/{name}.json"))
+        except (OSError, ValueError):
+            return None
+        return note if isinstance(note, dict) else None
+
+    def put_note(self, fingerprint: str, name: str, note: Mapping[str, Any]) -> None:
+        """Write such an object, in place of an older one; it appears whole or not at all."""
+        path = f"{self.root}/{fingerprint}/{name}.json"
+        blob = json.dumps(note, indent=2).encode()
+        try:
+            self.fs.makedirs(self.fs._parent(path), exist_ok=True)
+            beside = f"{path}.{uuid.uuid4().hex}" if self.local else path
+            self.fs.pipe_file(beside, blob)
+            if self.local:
+                os.replace(beside, path)
+        except OSError as error:
+            raise StoreError(f"cannot write {path} in the signal store {self.url}: {error}") from error

@@ -40,14 +40,14 @@ class Unit:
         vocabularies: the models' tokens.
         samples: B samples.
         rendered: each as the student reads it.
-        signals: per teacher, the signals of each sample.
+        signals: per teacher, the signals of each sample; None where a missing teacher was dropped.
     """
 
     spec: PrepareSpec
     vocabularies: Vocabularies
     samples: Sequence[Sample]
     rendered: Sequence[Rendered]
-    signals: Sequence[Sequence[TopKSignals]]
+    signals: Sequence[Sequence[TopKSignals | None]]
 
     @cached_property
     def pairs(self) -> list[list[Alignment]]:
@@ -64,7 +64,9 @@ class Unit:
             for (teacher, _), answers in zip(self.spec.teachers, self.signals, strict=True)
         ]
 
-    def _align(self, teacher: str, sample: Sample, item: Rendered, answer: TopKSignals) -> Alignment:
+    def _align(self, teacher: str, sample: Sample, item: Rendered, answer: TopKSignals | None) -> Alignment:
+        if answer is None:
+            return Alignment(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
         try:
             if self.spec.alignment == "bytes":
                 return align(item.ends, answer.byte_ends)
@@ -75,7 +77,11 @@ class Unit:
     def at_pairs(self, s: int, field: str) -> np.ndarray:
         """Teacher s's `logps` or `ids` [P, k] at the pairs of the whole unit."""
         answers = zip(self.signals[s], self.pairs[s], strict=True)
-        return np.concatenate([getattr(answer, field)[pairs.teacher, : self.spec.k] for answer, pairs in answers])
+        parts = [
+            getattr(answer, field)[pairs.teacher, : self.spec.k] for answer, pairs in answers if answer is not None
+        ]
+        nothing = np.zeros((0, self.spec.k or 0), dtype={"logps": np.float16, "ids": np.int32}[field])
+        return np.concatenate(parts or [nothing])
 
 
 def ranks(unit: Unit, batch: FusionBatch) -> FusionBatch:
@@ -114,11 +120,17 @@ def teacher_ids(unit: Unit, batch: FusionBatch) -> FusionBatch:
 def graphs(unit: Unit, batch: FusionBatch) -> FusionBatch:
     """`graph` of each teacher, over all of its rows: its logit graphs, or what the closed form needs of them
     (InfiGFusion)."""
-    make = graph_matrices if getattr(unit.spec.stage, "mode", "closed") == "exact" else graph_features
-    targets = [
-        replace(target, graph=make([answer.logps[:, : unit.spec.k] for answer in answers]))
-        for target, answers in zip(batch.targets, unit.signals, strict=True)
-    ]
+    exact = getattr(unit.spec.stage, "mode", "closed") == "exact"
+    make = graph_matrices if exact else graph_features
+    k = unit.spec.k or 0
+    targets = []
+    for target, answers in zip(batch.targets, unit.signals, strict=True):
+        nothing = np.eye(k) if exact else np.zeros(k)
+        graph = np.repeat(nothing[None].astype(np.float32), len(answers), axis=0)
+        here = [b for b, answer in enumerate(answers) if answer is not None]
+        if here:
+            graph[here] = make([answer.logps[:, :k] for answer in answers if answer is not None])
+        targets.append(replace(target, graph=graph))
     return replace(batch, targets=tuple(targets))
 
 
@@ -155,8 +167,13 @@ def responses(unit: Unit, batch: FusionBatch) -> FusionBatch:
     targets = [
         replace(
             target,
-            response_logps=np.array([item.token_logps.sum(dtype=np.float64) for item in answers], dtype=np.float32),
-            response_tokens=np.array([len(item.token_logps) for item in answers], dtype=np.float32),
+            response_logps=np.array(
+                [item.token_logps.sum(dtype=np.float64) if item is not None else 0 for item in answers],
+                dtype=np.float32,
+            ),
+            response_tokens=np.array(
+                [len(item.token_logps) if item is not None else 1 for item in answers], dtype=np.float32
+            ),
         )
         for target, answers in zip(batch.targets, unit.signals, strict=True)
     ]
@@ -170,17 +187,19 @@ def carried(unit: Unit, batch: FusionBatch) -> FusionBatch:
     ids, mass = [], []
     for b, (sample, item) in enumerate(zip(unit.samples, unit.rendered, strict=True)):
         labels = item.response_ids.tolist()
+        here = [(of_teacher[b], s) for s, of_teacher in enumerate(unit.signals)]
+        answered = [(answer, unit.vocabularies.teachers[s]) for answer, s in here if answer is not None]
         of_teachers = [
             carry(
-                TeacherSide(answers[b], teacher.pieces, teacher.end_of_turn),
+                TeacherSide(answer, teacher.pieces, teacher.end_of_turn),
                 sample.response.encode(),
                 item.ends,
                 labels,
                 unit.vocabularies.prefixes,
             )
-            for answers, teacher in zip(unit.signals, unit.vocabularies.teachers, strict=True)
+            for answer, teacher in answered
         ]
-        weights = teacher_weights([answers[b] for answers in unit.signals], stage.temper)
+        weights = teacher_weights([answer for answer, _ in answered], stage.temper)
         of_sample = mix(of_teachers, weights.tolist(), labels, stage.width)
         ids.append(of_sample[0])
         mass.append(of_sample[1])
@@ -202,10 +221,12 @@ def mined(unit: Unit, batch: FusionBatch) -> FusionBatch:
     vocabularies = unit.vocabularies
     best, made = [], []
     for b, (sample, item) in enumerate(zip(unit.samples, unit.rendered, strict=True)):
-        answers = [answers[b] for answers in unit.signals]
-        best.append(lowest_entropy(answers))
-        to_student = partial(vocabularies.nearest_ids, best[-1])
-        answer, text = answers[best[-1]], sample.response.encode()
+        here = [(s, answers[b]) for s, answers in enumerate(unit.signals)]
+        answered = [(s, answer) for s, answer in here if answer is not None]
+        s, answer = answered[lowest_entropy([answer for _, answer in answered])]
+        best.append(s)
+        to_student = partial(vocabularies.nearest_ids, s)
+        text = sample.response.encode()
         made.append(mined_target(answer, text, item.ends, item.response_ids, to_student, vocabularies.nearest))
     for s, (teacher, _) in enumerate(unit.spec.teachers):
         batch.stats[f"chosen/{teacher.name}"] = best.count(s)

@@ -32,7 +32,7 @@ class TinyWorld:
         tree: dict[str, Any] = {
             "student": {"model": self.model("pivot")},
             "teachers": [
-                {"model": self.model(name), "dtype": "float32", "cpus": 1, "replicas": {"idle_s": 5}}
+                {"model": self.model(name), "dtype": "float32", "cpus": 1, "replicas": {"idle_s": 5}, "parity": False}
                 for name in ("math", "code")
             ],
             "data": {"path": str(self.root / "train.jsonl"), "unit_size": 8, "max_length": 200},

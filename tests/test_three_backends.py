@@ -15,7 +15,6 @@ import pytest
 import ray
 import torch
 from ray import serve
-from rayfuse.teachers.manage import manage
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -27,6 +26,7 @@ from rayfuse.fuse import fuse
 from rayfuse.models import fingerprint
 from rayfuse.quickstart.models import STYLES, make_model, make_tokenizer, save
 from rayfuse.teachers.deployment import application_name
+from rayfuse.teachers.manage import manage
 from tests.real_tokenizers import TEKKEN
 from tests.teachers.vllm_server import start_server
 

@@ -85,7 +85,7 @@ def run_grid(
     failed: list[Cell] = []
     running: dict[Any, Cell | int] = {}
     resources.connect(_everything(bench))
-    deployment.deploy((), k=2)  # starts Serve, which two cells at once would race for
+    deployment.start_serve()  # which two cells at once would race for
     while True:
         busy = [*running.values(), *failed]
         for cell in open_cells(bench.plan, table.rows):

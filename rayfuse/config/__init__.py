@@ -23,9 +23,11 @@ from rayfuse.config.judges import JUDGES, Judge, RewardModel, UnitTests
 from rayfuse.config.loading import apply_override, config_json, load_config, parse_config
 from rayfuse.config.methods import STAGES
 from rayfuse.config.models import Model, Student
+from rayfuse.config.parity import Parity
 from rayfuse.config.prefer import Prefer
 from rayfuse.config.run import Cluster, Config
 from rayfuse.config.section import Dtype, Place, Section
+from rayfuse.config.serving import Http, Serving
 from rayfuse.config.stages import (
     DPO,
     SFT,
@@ -67,6 +69,7 @@ __all__ = [
     "FuseChat",
     "FuseLLM",
     "FusedPreference",
+    "Http",
     "InfiFPO",
     "InfiFusion",
     "InfiGFusion",
@@ -75,6 +78,7 @@ __all__ = [
     "MiniLogit",
     "Model",
     "MultiLevelOT",
+    "Parity",
     "Place",
     "Prefer",
     "Preference",
@@ -83,6 +87,7 @@ __all__ = [
     "RewardModel",
     "RuntimeEnv",
     "Section",
+    "Serving",
     "Signals",
     "Sinkhorn",
     "Stage",

@@ -13,6 +13,7 @@ from rayfuse.config.methods import AnyStage
 from rayfuse.config.models import Model, Student
 from rayfuse.config.prefer import Prefer
 from rayfuse.config.section import Section, named
+from rayfuse.config.serving import Serving
 from rayfuse.config.stages import Distillation
 from rayfuse.config.teachers import Teacher
 
@@ -47,6 +48,7 @@ class Config(Section):
     output: str = Field(min_length=1, description="run folder, on a file system that every node sees")
     signals: Signals = Signals()
     evaluate: Annotated[Benchmark, BeforeValidator(lambda value: named(value, "path"))] | None = None
+    serving: Serving = Serving()
     cluster: Cluster = Cluster()
     seed: int = Field(0, ge=0, description="order of the units; with config, data and world size it fixes the result")
 

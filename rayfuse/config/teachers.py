@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from rayfuse.config.endpoint import Endpoint, Stored
 from rayfuse.config.environment import RuntimeEnv
 from rayfuse.config.models import Model
+from rayfuse.config.parity import Parity, ParitySection
 from rayfuse.config.section import Section, named
 from rayfuse.config.vllm import VLLM
 
@@ -16,9 +17,13 @@ from rayfuse.config.vllm import VLLM
 class Replicas(Section):
     """How many copies of a teacher Ray Serve may keep; it scales between the two with the work in flight."""
 
-    min: int = Field(0, ge=0, description="copies kept when idle; 0 frees all memory after idle_s")
+    min: int = Field(0, ge=0, description="copies kept when idle while the run lives; 0 frees all memory after idle_s")
     max: int = Field(1, ge=1, description="copies under load")
-    idle_s: float = Field(60.0, ge=0, description="seconds without work after which a copy is given up")
+    idle_s: float = Field(60.0, ge=0, description="seconds without work after which the last copy is given up")
+    upscale_s: float = Field(5.0, ge=0, description="seconds of too much work after which a copy is added")
+    downscale_s: float | None = Field(
+        None, ge=0, description="seconds of too little work after which a copy is given up; default: idle_s"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Replicas:
@@ -43,6 +48,10 @@ class Teacher(Model):
     )
     batch_tokens: int = Field(16384, ge=64, description="tokens of one forward pass; lower it at out-of-memory")
     patience_s: float = Field(600.0, gt=0, description="seconds to retry a teacher that does not answer")
+    unit_timeout_s: float = Field(
+        1800.0, gt=0, description="seconds that one unit may compute; a copy that needs longer has hung and is replaced"
+    )
+    parity: ParitySection = Parity()
     runtime_env: RuntimeEnv | None = Field(None, description="interpreter and packages of its own; default: the run's")
     vllm: VLLM | None = Field(None, description="options of backend vllm")
     endpoint: Annotated[Endpoint | None, BeforeValidator(lambda value: named(value, "url"))] = Field(

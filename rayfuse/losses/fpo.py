@@ -24,6 +24,7 @@ def fuse_logps(
     side: Side,
     rule: Literal["max_margin", "mean", "confidence"] = "max_margin",
     clip: bool = True,
+    answered: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One fused log-probability per response [N], without gradient, from teachers [S, N].
 
@@ -34,6 +35,7 @@ def fuse_logps(
       the first one where several are equally far. `policy` [N] is the current policy, or `initial` to fuse only once.
     - mean: the mean of the teachers (app. D).
     - confidence: their mean weighted by 1 / (-lp_i + 1e-6), weights normalised to sum 1 (app. D).
+    answered: [S, N] bool, which teachers have a say where; None: all. The others' values are not looked at.
 
     float32 (float64 stays float64), O(S N). Raises LossError on shapes that do not match, an unknown side or rule, and
     on values that are not finite log-probabilities (1e-4 above 0 passes as rounding).
@@ -47,18 +49,21 @@ def fuse_logps(
         )
     if side not in ("chosen", "rejected") or rule not in RULES:
         raise LossError(f"fuse_logps: side {side!r} must be chosen or rejected, rule {rule!r} one of {list(RULES)}")
+    if answered is not None and (answered.shape != teachers.shape or not answered.any(dim=0).all()):
+        raise LossError("fuse_logps: answered must be [S, N] like teachers, with at least one teacher per response")
     wide = torch.promote_types(teachers.dtype, torch.float32)
-    for name, values in (("teachers", teachers), ("initial", initial), ("policy", policy)):
+    heard = teachers if answered is None else teachers.masked_fill(~answered, -1.0)
+    for name, values in (("teachers", heard), ("initial", initial), ("policy", policy)):
         wrong = values[~(torch.isfinite(values) & (values <= 1e-4))]
         if len(wrong):
             raise LossError(
                 f"fuse_logps: {name} must be finite log-probabilities per token, at most 0, got {wrong[:8].tolist()}"
             )
-    teachers_SN, initial_N, policy_N = (values.detach().to(wide) for values in (teachers, initial, policy))
+    teachers_SN, initial_N, policy_N = (values.detach().to(wide) for values in (heard, initial, policy))
     if clip:
         bound = torch.maximum if side == "chosen" else torch.minimum
         teachers_SN = bound(teachers_SN, initial_N)
-    return RULES[rule](teachers_SN, policy_N)
+    return RULES[rule](teachers_SN, policy_N, answered)
 
 
 def fuse_pairs(
@@ -69,6 +74,7 @@ def fuse_pairs(
     rule: Literal["max_margin", "mean", "confidence"] = "max_margin",
     clip: bool = True,
     per: Literal["response", "pair"] = "response",
+    answered: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Fused log-probabilities of all responses to N prompts, by side: [N] each, without gradient.
 
@@ -79,6 +85,7 @@ def fuse_pairs(
         per: "response": fuse_logps on each side alone, as the paper does. "pair" [ours, max_margin only]: one teacher
             serves all responses to a prompt, the one with the largest sum over the sides of
             |exp(lp_i) - exp(lp_policy)|, so that both terms of a margin come from the same model.
+        answered: [S, N] bool, which teachers have a say on which prompt; None: all.
 
     Raises LossError as fuse_logps, and where `per` is "pair" and the rule chooses no teacher.
 
@@ -89,15 +96,20 @@ def fuse_pairs(
     kinds: dict[str, Side] = {side: "rejected" if side == "rejected" else "chosen" for side in teachers}
     if per == "response":
         return {
-            side: fuse_logps(teachers[side], initial[side], policy[side], side=kind, rule=rule, clip=clip)
+            side: fuse_logps(
+                teachers[side], initial[side], policy[side], side=kind, rule=rule, clip=clip, answered=answered
+            )
             for side, kind in kinds.items()
         }
+    silent = None if answered is None else ~answered
+    heard = {side: of if silent is None else of.masked_fill(silent, -1.0) for side, of in teachers.items()}
     bounded = {
         side: torch.stack([fuse_logps(one_N[None], initial[side], policy[side], side=kind, clip=clip) for one_N in of])
-        for (side, kind), of in zip(kinds.items(), teachers.values(), strict=True)
+        for (side, kind), of in zip(kinds.items(), heard.values(), strict=True)
     }
     margins = [(of_SN.exp() - policy[side].detach().to(of_SN.dtype).exp()).abs() for side, of_SN in bounded.items()]
-    farthest_N = torch.stack(margins).sum(dim=0).argmax(dim=0)
+    margin_SN = torch.stack(margins).sum(dim=0)
+    farthest_N = (margin_SN if silent is None else margin_SN.masked_fill(silent, -1.0)).argmax(dim=0)
     return {side: of_SN.gather(0, farthest_N[None])[0] for side, of_SN in bounded.items()}
 
 
@@ -153,17 +165,22 @@ def wrpo_loss(
     return _sigmoid_loss(gain - _gain(policy_rejected, fused_rejected), beta)
 
 
-def _max_margin(teachers_SN: torch.Tensor, policy_N: torch.Tensor) -> torch.Tensor:
-    farthest_N = (teachers_SN.exp() - policy_N.exp()).abs().argmax(dim=0)
+def _max_margin(teachers_SN: torch.Tensor, policy_N: torch.Tensor, answered_SN: torch.Tensor | None) -> torch.Tensor:
+    margin_SN = (teachers_SN.exp() - policy_N.exp()).abs()
+    farthest_N = (margin_SN if answered_SN is None else margin_SN.masked_fill(~answered_SN, -1.0)).argmax(dim=0)
     return teachers_SN.gather(0, farthest_N[None])[0]
 
 
-def _mean(teachers_SN: torch.Tensor, policy_N: torch.Tensor) -> torch.Tensor:
-    return teachers_SN.mean(dim=0)
+def _mean(teachers_SN: torch.Tensor, policy_N: torch.Tensor, answered_SN: torch.Tensor | None) -> torch.Tensor:
+    if answered_SN is None:
+        return teachers_SN.mean(dim=0)
+    return (teachers_SN * answered_SN).sum(dim=0) / answered_SN.sum(dim=0)
 
 
-def _confidence(teachers_SN: torch.Tensor, policy_N: torch.Tensor) -> torch.Tensor:
+def _confidence(teachers_SN: torch.Tensor, policy_N: torch.Tensor, answered_SN: torch.Tensor | None) -> torch.Tensor:
     weights_SN = (teachers_SN.neg().clamp_min(0.0) + CONFIDENCE_EPS).reciprocal()
+    if answered_SN is not None:
+        weights_SN = weights_SN * answered_SN
     return (weights_SN * teachers_SN).sum(dim=0) / weights_SN.sum(dim=0)
 
 
@@ -175,7 +192,7 @@ def _squared_loss(margin_N: torch.Tensor, beta: float) -> torch.Tensor:
     return (margin_N - 1 / (2 * beta)).square()
 
 
-RULES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+RULES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
     "max_margin": _max_margin,
     "mean": _mean,
     "confidence": _confidence,

@@ -49,27 +49,29 @@ class Method:
         targets: kinds of targets that its prepare tasks make of the teachers' signals, see rayfuse/targets.py.
         lse_gradient: whether it compares probabilities among the whole vocabulary, and so needs the gradient of the
             log-sum-exp; that costs a third more in the head.
+        partial: whether the loss renormalises where a teacher was dropped in a sample (serving.on_missing: drop).
     """
 
     loss: Loss
     targets: tuple[str, ...] = ("ranks",)
     lse_gradient: bool = False
+    partial: bool = False
 
 
 METHODS: dict[str, Method] = {
     "sft": Method(sft_loss),
-    "infifusion": Method(infifusion_loss),
-    "infigfusion": Method(infigfusion_loss, targets=("ranks", "graphs")),
-    "bytekd": Method(bytekd_loss, targets=("ranks", "carried")),
+    "infifusion": Method(infifusion_loss, partial=True),
+    "infigfusion": Method(infigfusion_loss, targets=("ranks", "graphs"), partial=True),
+    "bytekd": Method(bytekd_loss, targets=("ranks", "carried"), partial=True),
     "trust": Method(trust_loss, targets=("responses",)),
-    "infifpo": Method(infifpo_loss, targets=("responses",)),
+    "infifpo": Method(infifpo_loss, targets=("responses",), partial=True),
     "dpo": Method(dpo_loss, targets=("responses",)),
     "kl": Method(kl_loss, targets=("ranks", "tokens")),
     "minilogit": Method(minilogit_loss, targets=("ranks", "tokens")),
     "uld": Method(uld_original_loss, lse_gradient=True),
     "uld_hybrid": Method(uld_hybrid_loss, targets=("ranks", "tokens", "unmatched"), lse_gradient=True),
-    "fusellm": Method(fusellm_loss, targets=("mined",)),
-    "fusechat": Method(fusellm_loss, targets=("mined",)),
+    "fusellm": Method(fusellm_loss, targets=("mined",), partial=True),
+    "fusechat": Method(fusellm_loss, targets=("mined",), partial=True),
     "multilevelot": Method(multilevelot_loss, targets=("ranks", "teacher_ids")),
     "sinkhorn": Method(sinkhorn_loss),
     "wasserstein_kl": Method(wasserstein_kl_loss),

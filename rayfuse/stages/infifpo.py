@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from rayfuse.batch import Counts, FusionBatch, TeacherTarget
@@ -29,11 +30,18 @@ def infifpo_loss(
     """
     *teachers, initial = [of_model(stage, target, logps_N.device) for target in batch.targets]
     policy = of_policy(stage, logps_N, batch)
-    return preference_loss(stage, policy, fuse_teachers(stage, teachers, initial, policy), totals)
+    answered = _answered(stage, batch, logps_N.device)
+    return preference_loss(stage, policy, fuse_teachers(stage, teachers, initial, policy, answered), totals)
 
 
-def fuse_teachers(stage: FusedPreference, teachers: Sequence[Sides], initial: Sides, policy: Sides) -> Sides:
-    """lp_fu of every response, by side."""
+def fuse_teachers(
+    stage: FusedPreference,
+    teachers: Sequence[Sides],
+    initial: Sides,
+    policy: Sides,
+    answered_SP: torch.Tensor | None = None,
+) -> Sides:
+    """lp_fu of every response, by side; of the teachers that answered where some are missing."""
     current = policy if stage.margin_from == "policy" else initial
     return fuse_pairs(
         {side: torch.stack([teacher[side] for teacher in teachers]) for side in stage.sides},
@@ -42,7 +50,18 @@ def fuse_teachers(stage: FusedPreference, teachers: Sequence[Sides], initial: Si
         rule=stage.rule,
         clip=stage.clip,
         per=stage.fuse_per,
+        answered=answered_SP,
     )
+
+
+def _answered(stage: FusedPreference, batch: FusionBatch, device: torch.device) -> torch.Tensor | None:
+    """Which teachers answered which pair [S, P]; None where all did. A pair is answered as a whole or not at all."""
+    if batch.shares is None:
+        return None
+    sides = len(stage.sides)
+    pairs = len(batch.input_ids) // sides
+    of_teachers = [np.ones(pairs, bool) if t.answered is None else t.answered[0::sides] for t in batch.targets[:-1]]
+    return torch.from_numpy(np.stack(of_teachers)).to(device)
 
 
 def preference_loss(

@@ -5,12 +5,16 @@
     L_s    = tokenmean sum_i | lhat_student_i - lhat_s_i |   rank i against rank i, where both have read the same bytes
     L      = (1 - lam) L_SFT + lam * SUM_s w_s L_s
 
+Where teachers are missing in a sample, the others count f_b = SUM_s w_s / SUM_{s answered b} w_s times as much there,
+and L_s is divided by the positions that teacher s would have had: every sample keeps its share of the loss.
+
 The teacher's top log-probabilities stand for its logits: they differ by one constant per position, which neither the
 z-score nor a softmax over the K kept values sees.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from rayfuse.batch import Counts, FusionBatch, TeacherTarget
@@ -24,19 +28,35 @@ def infifusion_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """This micro-batch's share of the global batch's loss."""
     sft, parts = sft_loss(stage, head, batch, totals)
-    distances = [rank_distance(stage, head, t, totals.pairs[s]) for s, t in enumerate(batch.targets)]
+    distances = [rank_distance(stage, head, batch, s, totals) for s in range(len(batch.targets))]
     for target, distance in zip(batch.targets, distances, strict=True):
         parts[f"loss_uld/{target.teacher}"] = distance.detach()
     return (1 - stage.lam) * sft + stage.lam * over_teachers(stage, batch, distances), parts
 
 
-def rank_distance(stage: RankDistillation, head: HeadOutput, target: TeacherTarget, pairs: float) -> torch.Tensor:
-    """L_s of one teacher: this micro-batch's share of the mean over the `pairs` aligned positions of the batch."""
+def rank_distance(
+    stage: RankDistillation, head: HeadOutput, batch: FusionBatch, s: int, totals: Counts
+) -> torch.Tensor:
+    """L_s of teacher s: this micro-batch's share of the mean over the aligned positions of the global batch."""
+    target = batch.targets[s]
+    shares_B = batch.shares
+    pairs = max(totals.expected_pairs(s), 1)
+    if shares_B is None:
+        return _mean(stage, head, target, slice(None)) * (len(target.rows) / pairs)
+    share_P = shares_B[batch.sample[target.rows]]
+    parts = [
+        _mean(stage, head, target, share_P == share) * float(share * (share_P == share).sum() / pairs)
+        for share in np.unique(share_P)
+    ]
+    return sum(parts, start=head.topk.new_zeros(()))
+
+
+def _mean(stage: RankDistillation, head: HeadOutput, target: TeacherTarget, part: slice | np.ndarray) -> torch.Tensor:
+    """The mean distance over a part of a teacher's positions."""
     device = head.topk.device
-    student_PK = head.topk[torch.from_numpy(target.rows).to(device)]
-    teacher_PK = torch.from_numpy(target.logps).to(device)
-    distance = uld_loss(student_PK, teacher_PK, standardized=stage.standardized, space=stage.space)
-    return distance * (len(target.rows) / max(pairs, 1))
+    student_PK = head.topk[torch.from_numpy(target.rows[part]).to(device)]
+    teacher_PK = torch.from_numpy(target.logps[part]).to(device)
+    return uld_loss(student_PK, teacher_PK, standardized=stage.standardized, space=stage.space)
 
 
 def over_teachers(stage: Distillation, batch: FusionBatch, distances: list[torch.Tensor]) -> torch.Tensor:

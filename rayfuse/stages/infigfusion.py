@@ -19,8 +19,9 @@ squared differences, where the closed form is a sum over nodes of absolute ones:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from rayfuse.batch import Counts, FusionBatch
@@ -45,8 +46,9 @@ def infigfusion_loss(
     begin = {"closed": _closed, "exact": _exact}[stage.mode]
     distances = begin(head, batch)
     sft, parts = sft_loss(stage, head, batch, totals)
-    ranks = [rank_distance(stage, head, target, totals.pairs[s]) for s, target in enumerate(batch.targets)]
-    graphs = [distance_B.sum() / totals.samples for distance_B in distances(parts)]
+    ranks = [rank_distance(stage, head, batch, s, totals) for s in range(len(batch.targets))]
+    weighted = _by_share(batch, distances(parts))
+    graphs = [distance_B.sum() / totals.samples for distance_B in weighted]
     for target, rank, graph in zip(batch.targets, ranks, graphs, strict=True):
         parts[f"loss_uld/{target.teacher}"] = rank.detach()
         parts[f"loss_gld/{target.teacher}"] = graph.detach()
@@ -83,6 +85,16 @@ def _sample(head: HeadOutput, batch: FusionBatch) -> torch.Tensor:
 def _graphs(head: HeadOutput, batch: FusionBatch) -> list[torch.Tensor]:
     graphs = [target.graph for target in batch.targets]
     return [torch.from_numpy(graph).to(head.topk.device) for graph in graphs if graph is not None]
+
+
+def _by_share(batch: FusionBatch, distances: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The graph distances [B] of each teacher, 0 where it was dropped, and more where others were; see infifusion."""
+    shares_B = batch.shares
+    if shares_B is None:
+        return list(distances)
+    answered = [target.answered for target in batch.targets]
+    factors = [np.where(True if of_teacher is None else of_teacher, shares_B, 0.0) for of_teacher in answered]
+    return [d_B * torch.from_numpy(f_B).to(d_B) for d_B, f_B in zip(distances, factors, strict=True)]
 
 
 def _gradient_norm(loss: torch.Tensor, topk_NK: torch.Tensor) -> torch.Tensor:

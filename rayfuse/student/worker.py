@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,9 +23,9 @@ from ray.exceptions import RayError
 from rayfuse import resources
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Config, Data, Stage
-from rayfuse.errors import RayfuseError, StudentError
-from rayfuse.metrics import MetricsWriter
-from rayfuse.prepare import PrepareSpec, prepare_unit
+from rayfuse.errors import MissingSignalsError, RayfuseError, StudentError
+from rayfuse.metrics import MetricsWriter, read_metrics
+from rayfuse.prepare import INITIAL, PrepareSpec, prepare_unit
 from rayfuse.stages import METHODS, ranks
 from rayfuse.student.checkpoint import latest_checkpoint, restore_random_state, save_checkpoint
 from rayfuse.student.engine import ENGINES, TorchEngine
@@ -178,7 +178,9 @@ def train(job: StageJob, rank: int, world: int) -> None:
 
     order = unit_order(job.units, job.steps * job.units_per_step, config.seed)
     stream = UnitStream(job, order[done * job.units_per_step :][rank::world])
-    writer = MetricsWriter(Path(config.output) / "metrics.jsonl") if rank == 0 else None
+    metrics = Path(config.output) / "metrics.jsonl"
+    dropped = sum(_dropped(record) for record in read_metrics(metrics) if _before(job, record, done))
+    writer = MetricsWriter(metrics) if rank == 0 else None
     for step in range(done + 1, job.steps + 1):
         begun = time.perf_counter()
         batches = stream.take(job.units_per_step // world)
@@ -192,6 +194,8 @@ def train(job: StageJob, rank: int, world: int) -> None:
                 "wait_share": waited / seconds,
             }
             writer.write({"stage": job.name, "step": step, "steps": job.steps, **record, **speed})
+        dropped += _dropped(record)
+        _refuse_too_many(job, dropped)
         if step % stage.save_every == 0 and step < job.steps:
             _save(job, engine, step, rank, world)
     if rank == 0:
@@ -202,7 +206,8 @@ def train(job: StageJob, rank: int, world: int) -> None:
 def _step(job: StageJob, engine: TorchEngine, batches: list[FusionBatch], rate: float) -> dict[str, float]:
     """One optimiser step over this worker's batches; returns what it measured, summed over the workers."""
     method, k = METHODS[job.stage.method], ranks(job.config, job.stage)
-    totals = Counts.of_array(engine.sum_over_workers(np.sum([batch.counts.as_array() for batch in batches], axis=0)))
+    counts = engine.sum_over_workers(np.sum([batch.counts.as_array() for batch in batches], axis=0))
+    totals = Counts.of_array(counts, len(job.spec.teachers))
     measured: dict[str, float] = {}
     for index, batch in enumerate(batches):
         with engine.accumulate(last=index == len(batches) - 1):
@@ -221,6 +226,29 @@ def _step(job: StageJob, engine: TorchEngine, batches: list[FusionBatch], rate: 
     for s, (teacher, _) in enumerate(job.spec.teachers if "ranks" in method.targets else ()):
         record[f"aligned_share/{teacher.name}"] = totals.pairs[s] / totals.tokens
     return {**record, "tokens": totals.tokens, "learning_rate": rate, "gradient_norm": engine.step(rate)}
+
+
+def _dropped(record: Mapping[str, Any]) -> float:
+    """The (sample, teacher) pairs that were dropped in a step."""
+    return sum(value for name, value in record.items() if name.startswith("dropped/"))
+
+
+def _before(job: StageJob, record: Mapping[str, Any], done: int) -> bool:
+    return record["stage"] == job.name and record["step"] <= done
+
+
+def _refuse_too_many(job: StageJob, dropped: float) -> None:
+    """Raises MissingSignalsError where more is dropped than `serving.max_dropped` of the whole stage's pairs."""
+    teachers = sum(teacher.name != INITIAL for teacher, _ in job.spec.teachers)
+    sides = 2 if job.stage.uses_preferences else 1
+    pairs = job.steps * job.stage.batch_size * sides * teachers
+    allowed = job.config.serving.max_dropped * pairs
+    if dropped > allowed:
+        raise MissingSignalsError(
+            f"stage {job.name}: {dropped:,.0f} (sample, teacher) pairs were dropped because a teacher was gone, more "
+            f"than {job.config.serving.max_dropped:.2%} (serving.max_dropped) of the stage's {pairs:,}; bring the "
+            "teacher back and go on with --resume, or allow more"
+        )
 
 
 def _save(job: StageJob, engine: TorchEngine, step: int, rank: int, world: int) -> None:

@@ -25,6 +25,10 @@ SCRIPTS = {
         [r"^padding, chat", r"^3 teachers  raw actors .* 1\.00 x", r"^3 teachers .* cold store", r"^2 replicas"],
     ),
     "teachers": ([], [r"^score, transformers .* 1\.00 x transformers"]),
+    "elastic": (
+        [],
+        [r"^HTTP safetensors .* bytes per token", r"^a second copy answers after", r"^node lost: three copies again"],
+    ),
     "targets": ([], [r"^qwen +tokens .* us per token and teacher", r"^tekken +mined .* us per token"]),
     "gw": ([], [r"^n 5 .* closed form", r"^n 70 .* POT batched .* gap"]),
     "losses": ([], [r"^  TRL ULD extended, hybrid .* x", r"^  rayfuse ULD aligned .* 1\.00 x"]),

@@ -1,8 +1,11 @@
 """Teachers on Ray Serve: replicas that die, and teachers that scale to zero."""
 
+import asyncio
 import os
 import signal
+import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,7 +17,8 @@ from rayfuse.config import Data, parse_config
 from rayfuse.data import read_samples
 from rayfuse.errors import TeacherError
 from rayfuse.models import fingerprint
-from rayfuse.teachers.deployment import TeacherClient, application_name, delete, deploy
+from rayfuse.teachers import BACKENDS, scaling
+from rayfuse.teachers.deployment import TeacherClient, TeacherReplica, application_name, delete, deploy
 from rayfuse.teachers.transformers import TransformersTeacher
 
 K = 5
@@ -23,6 +27,7 @@ K = 5
 @pytest.fixture(scope="module")
 def cluster(tiny, tmp_path_factory):
     yield resources.connect(parse_config(tiny.tree(tmp_path_factory.mktemp("serve"))))
+    serve.shutdown()  # the handles' threads end before what they listen to
     ray.shutdown()
 
 
@@ -102,3 +107,37 @@ def test_a_teacher_that_was_removed_is_an_error_that_says_so(tiny, tmp_path, clu
     serve.delete(application_name(teacher, name))
     with pytest.raises(TeacherError, match=r"removed from the cluster|did not answer"):
         client.score(_samples(tiny))()
+
+
+def test_a_copy_whose_unit_never_ends_is_unhealthy(tiny, tmp_path, monkeypatch):
+    """In this process: what Serve asks every few seconds, while a unit hangs in the model's thread and after it."""
+    release = threading.Event()
+
+    class Hanging:
+        def __init__(self, teacher, k):
+            pass
+
+        def score(self, samples):
+            assert release.wait(60)
+            return TransformersTeacher(teacher, K).score(samples)
+
+    monkeypatch.setitem(BACKENDS, "transformers", Hanging)
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(app_name="application"))
+    monkeypatch.setattr(scaling, "outlive", lambda application: None)
+    teacher = parse_config(tiny.tree(tmp_path)).teachers[0].model_copy(update={"unit_timeout_s": 0.2})
+
+    async def score():
+        replica = TeacherReplica(teacher, K)
+        replica.check_health()
+        unit = asyncio.create_task(replica.score(_samples(tiny, 2)))
+        while not replica.since:
+            await asyncio.sleep(0.01)
+        replica.check_health()
+        await asyncio.sleep(0.5)
+        with pytest.raises(TeacherError, match=r"math: a unit has been computing for more than 0 s \(unit_timeout_s\)"):
+            replica.check_health()
+        release.set()
+        assert len((await unit)["lengths"]) == 2
+        replica.check_health()
+
+    asyncio.run(score())

@@ -1,0 +1,136 @@
+"""`rayfuse teachers`: teachers kept apart from any run, so that several runs share them.
+
+up       deploy the configuration's teachers; their `replicas.min` copies stay until `down`
+status   what each of them is doing
+scale    exactly N copies of one of them, whatever runs wish; 0: elastic again
+down     remove them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray import serve
+from rich.console import Console
+from rich.table import Table
+
+from rayfuse import resources
+from rayfuse.config import Config, Teacher
+from rayfuse.errors import ConfigError, TeacherError
+from rayfuse.models import fingerprint
+from rayfuse.teachers import deployment, scaling
+
+
+def manage(config: Config, action: str, arguments: Sequence[str], console: Console) -> None:
+    """Do one of ACTIONS.
+
+    Args:
+        config: whose teachers.
+        action: up, down, status or scale.
+        arguments: of `scale`: the teacher's name and the number of copies.
+        console: where the answer goes.
+
+    Raises:
+        ConfigError: no such action, no cluster to keep teachers on, or arguments that do not fit.
+        TeacherError: a teacher cannot start, or is not up.
+    """
+    if action not in ACTIONS:
+        raise ConfigError(f"there is no action {action!r}; there are: {', '.join(ACTIONS)}")
+    if arguments and action != "scale":
+        raise ConfigError(f"{action} takes no arguments, got {' '.join(arguments)}")
+    config = config.absolute()
+    if resources.connect(config):
+        raise ConfigError(
+            "teachers can only be kept on a running Ray cluster, and an embedded one ends with this command: start one "
+            "(ray start --head) and set RAY_ADDRESS or cluster.address"
+        )
+    deployment.start_serve()
+    teachers = [(t, fingerprint(t, config.signals.k)) for t in config.teachers if t.stored is None]
+    ACTIONS[action](config, teachers, arguments, console)
+
+
+def _up(config: Config, teachers: list[tuple[Teacher, str]], _: Sequence[str], console: Console) -> None:
+    deployment.deploy(teachers, config.signals.k, holder=scaling.KEPT)
+    console.print(status_table(teachers))
+
+
+def _down(config: Config, teachers: list[tuple[Teacher, str]], _: Sequence[str], console: Console) -> None:
+    users = {
+        teacher.name: [holder for holder in scaling.wishes(deployment.application_name(teacher, fp)) if _is_run(holder)]
+        for teacher, fp in teachers
+    }
+    used = {name: runs for name, runs in users.items() if runs}
+    if used:
+        who = "; ".join(f"{name}: {len(runs)} (job {', '.join(runs)})" for name, runs in used.items())
+        raise TeacherError(f"runs are using these teachers, end them first: {who}")
+    deployment.delete(teachers)
+    console.print(f"removed {', '.join(teacher.name for teacher, _ in teachers)}")
+
+
+def _scale(config: Config, teachers: list[tuple[Teacher, str]], arguments: Sequence[str], console: Console) -> None:
+    by_name = {teacher.name: (teacher, fp) for teacher, fp in teachers}
+    if len(arguments) != 2 or not arguments[1].isdecimal():
+        raise ConfigError(
+            f"scale takes a teacher's name and a number of copies, got {' '.join(arguments) or 'nothing'}"
+        )
+    name, copies = arguments[0], int(arguments[1])
+    if name not in by_name:
+        raise ConfigError(f"there is no teacher {name!r}; there are: {', '.join(by_name)}")
+    application = deployment.application_name(*by_name[name])
+    if copies:
+        scaling.wish(application, scaling.PINNED, copies, copies)
+    else:
+        scaling.withdraw(application, scaling.PINNED)
+    if scaling.resize(application) is None:
+        scaling.forget(application)
+        raise TeacherError(f"teacher {name} is not up; start it with: rayfuse teachers CONFIG up")
+    console.print(status_table([by_name[name]]))
+
+
+def _status(config: Config, teachers: list[tuple[Teacher, str]], _: Sequence[str], console: Console) -> None:
+    console.print(status_table(teachers))
+
+
+def status_table(teachers: Sequence[tuple[Teacher, str]]) -> Table:
+    """One row per teacher: what its copies do, how many there may be, and who wants them."""
+    table = Table("teacher", "state", "copies", "bounds", "held by", "application")
+    running = serve.status().applications
+    for teacher, fp in teachers:
+        name = deployment.application_name(teacher, fp)
+        application = running.get(name)
+        if application is None:
+            table.add_row(teacher.name, "not up", "", "", "", name)
+            continue
+        wishes = scaling.wishes(name)
+        low, high = scaling.bounds(wishes)
+        table.add_row(teacher.name, *_copies(application), f"{low}..{high}", _holders(wishes), name)
+    return table
+
+
+def _copies(application: Any) -> tuple[str, str]:
+    states: dict[str, int] = {}
+    for of_deployment in application.deployments.values():
+        for state, count in of_deployment.replica_states.items():
+            states[state.lower()] = states.get(state.lower(), 0) + count
+    return application.status.lower(), ", ".join(f"{count} {state}" for state, count in states.items()) or "0"
+
+
+def _is_run(holder: str) -> bool:
+    return holder not in (scaling.KEPT, scaling.PINNED)
+
+
+def _holders(wishes: scaling.Wishes) -> str:
+    runs = sum(map(_is_run, wishes))
+    parts = [f"{runs} run{'s' * (runs > 1)}"] if runs else []
+    parts += ["up"] if scaling.KEPT in wishes else []
+    parts += ["scale"] if scaling.PINNED in wishes else []
+    return ", ".join(parts) or "nobody"
+
+
+ACTIONS: dict[str, Callable[[Config, list[tuple[Teacher, str]], Sequence[str], Console], None]] = {
+    "up": _up,
+    "down": _down,
+    "status": _status,
+    "scale": _scale,
+}
