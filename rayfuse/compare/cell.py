@@ -115,7 +115,7 @@ def config_of(bench: Bench, cell: Cell, output: Path) -> Config:
         "seed": cell.seed,
     }
     if any(STAGES[stage["method"]].sides for stage in stages):
-        pairs = write_once(pairs_of(texts, condition, cell.seed), data / f"{name}-pairs.jsonl")
+        pairs = write_once(pairs_of(texts, condition, cell.seed), data / f"{name}-preferences.jsonl")
         tree["preferences"] = {**tree["data"], "path": str(pairs)}
     return parse_config(tree, cell.name).absolute()
 

@@ -68,6 +68,7 @@ class Method(Section):
     teachers: tuple[str, ...] = EXPERTS
     k: int = Field(10, ge=2, description="signals.k")
     conditions: tuple[str, ...] = Field((), description="only these; default: all")
+    seeds: tuple[int, ...] = Field((), description="only these of the reported seeds; default: all")
     compare_to: str = Field("sft", description="method whose difference is shown")
 
     @model_validator(mode="after")
@@ -135,6 +136,8 @@ class Plan(Section):
             for condition in method.conditions:
                 if condition not in self.conditions:
                     raise ValueError(f"methods.{name}: there is no condition {condition!r}")
+            if not set(method.seeds) <= set(self.seeds):
+                raise ValueError(f"methods.{name}: seeds {method.seeds} are not all among the reported {self.seeds}")
         return self
 
     def title(self, name: str) -> str:
@@ -184,7 +187,8 @@ class Plan(Section):
     def reported(self, name: str, condition: str, chosen: Mapping[str, dict[str, Any]]) -> Iterator[Cell]:
         """The cells that the page reports of a method in one condition; `chosen` holds what tuning gave."""
         settings = self.settings_of(name, chosen, chosen.get(name, {}))
-        for seed in self.seeds[:1] if self.methods[name].model else self.seeds:
+        method = self.methods[name]
+        for seed in self.seeds[:1] if method.model else method.seeds or self.seeds:
             yield self.cell(name, condition, seed, settings, "report")
 
     def costs(self, name: str, chosen: Mapping[str, dict[str, Any]]) -> Iterator[Cell]:

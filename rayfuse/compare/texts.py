@@ -1,9 +1,11 @@
 """What teachers and pivot write on a seed's training prompts, and what is made of it.
 
 Preference pairs: one answer of every teacher and two samples of the pivot; the exact verifier says which are right; a
-right one is chosen, a wrong one rejected, and prompts with only one kind give no pair. (InfiFPO: four and eight
-samples, a reward model.) Teacher-written responses (SeqKD): the answer of a teacher drawn per prompt, or of the teacher
-that gave its own answer the highest probability per token.
+right one is chosen, a wrong one rejected, and prompts with only one kind give no pair; `chosen_pivot` is the pivot's
+own best, for WRPO. (InfiFPO: four and eight samples, a reward model.)
+
+Teacher-written responses (SeqKD): the answer of a teacher drawn per prompt, or of the teacher that gave its own answer
+the highest probability per token.
 """
 
 from __future__ import annotations
@@ -96,11 +98,21 @@ def pairs_of(file: Path, condition: Condition, seed: int) -> list[Row]:
         right = [text for text in written if text.strip() == answer.strip()]
         wrong = [text for text in written if text.strip() != answer.strip()]
         if right and wrong:
-            pairs.append({"prompt": prompt, "chosen": draw.choice(right), "rejected": draw.choice(wrong)})
+            pair = {"prompt": prompt, "chosen": draw.choice(right), "rejected": draw.choice(wrong)}
+            pairs.append({**pair, "chosen_pivot": _best_of_pivot(texts[prompt], pair)})
     for index in draw.sample(range(len(pairs)), round(len(pairs) * condition.wrong)):
         pair = pairs[index]
         pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
+        pair["chosen_pivot"] = pair["chosen"]
     return pairs
+
+
+def _best_of_pivot(texts: list[dict[str, Any]], pair: Row) -> str:
+    """The pivot's right sample, else a wrong one that is not the rejected, else the chosen response."""
+    samples = [row["response"] for row in texts if row["writer"] == "pivot"]
+    right = [text for text in samples if text.strip() == pair["chosen"].strip()]
+    others = [text for text in samples if text != pair["rejected"]]
+    return str((right or others or [pair["chosen"]])[0])
 
 
 def responses_of(file: Path, condition: Condition, seed: int, half: str, surest: bool) -> list[Row]:

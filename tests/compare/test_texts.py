@@ -38,6 +38,7 @@ def test_pairs_hold_a_right_and_a_wrong_answer(texts):
     assert {pair["prompt"] for pair in pairs} == mixed & set(answers)
     for pair in pairs:
         assert pair["chosen"] == answers[pair["prompt"]] != pair["rejected"]
+        assert pair["chosen_pivot"] == answers[pair["prompt"]]  # the pivot is right where the code teacher is
 
 
 def test_wrong_share_of_the_pairs_is_the_wrong_way_round(texts):
@@ -45,6 +46,7 @@ def test_wrong_share_of_the_pairs_is_the_wrong_way_round(texts):
     pairs = pairs_of(texts, _condition(0.3), SEED)
     exchanged = [pair for pair in pairs if pair["rejected"] == answers[pair["prompt"]]]
     assert len(exchanged) == round(0.3 * len(pairs)) > 0
+    assert all(pair["chosen_pivot"] != pair["rejected"] for pair in pairs)
     straight = pairs_of(texts, _condition(0.0), SEED)
     assert [{pair["chosen"], pair["rejected"]} for pair in pairs] == [{p["chosen"], p["rejected"]} for p in straight]
 
