@@ -47,6 +47,8 @@ def _lines(raw: RawResults, tables: dict[tuple[str, str], pd.DataFrame]) -> Iter
     yield ""
     for condition in plan.conditions:
         yield from _verdict(plan, condition, tables[condition, "main"])
+    if missing := raw.missing():
+        yield f"- **In the plan, but not measured yet, or not with all seeds:** {'; '.join(missing)}."
     yield ""
     yield from _questions(raw)
     yield ""
@@ -189,16 +191,23 @@ def _tuning_table(raw: RawResults) -> Iterator[str]:
 
 def _cost_table(costs: pd.DataFrame) -> Iterator[str]:
     yield (
-        "| method | seconds per step | seconds waiting for teachers, per step | peak memory, MiB | "
-        "teachers' forward passes per text | bytes of signals per teacher token |"
+        "| method | processor seconds per step | peak memory, MiB | teachers' answers per text | "
+        "alone: seconds per step | forward passes per text | bytes of signals per teacher token |"
     )
-    yield "|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|"
     for record in costs.to_dict("records"):
-        signals = f"{record['bytes_per_token']:.0f}" if pd.notna(record["bytes_per_token"]) else "0"
+        alone = (_number(record[key], form) for key, form in COLUMNS_ALONE)
         yield (
-            f"| {record['title']} | {record['seconds_per_step']:.3f} | {record['waiting_per_step']:.3f} | "
-            f"{record['peak_mib']:.0f} | {record['forwards_per_text']:.1f} | {signals} |"
+            f"| {record['title']} | {record['cpu_per_step']:.3f} | {record['peak_mib']:.0f} | "
+            f"{record['answers_per_text']:.1f} | {' | '.join(alone)} |"
         )
+
+
+COLUMNS_ALONE = (("alone", ".3f"), ("forwards_per_text", ".1f"), ("bytes_per_token", ".0f"))
+
+
+def _number(value: float, form: str) -> str:
+    return "" if pd.isna(value) else format(value, form)
 
 
 def _plot(plan: Plan, tables: dict[str, pd.DataFrame]) -> str:

@@ -127,24 +127,50 @@ class RawResults:
                     )
         return records
 
+    def missing(self) -> list[str]:
+        """The methods of the plan that are not measured in all their conditions with all their seeds, by title."""
+        missing = []
+        for name, method in self.plan.methods.items():
+            wanted = 1 if method.model else len(method.seeds or self.plan.seeds)
+            short = [
+                self.plan.conditions[condition].title
+                for condition in self.plan.conditions_of(name)
+                if len(self.reported(name, condition)) < wanted
+            ]
+            if short:
+                everywhere = len(short) == len(self.plan.conditions_of(name))
+                missing.append(self.plan.title(name) + ("" if everywhere else f" ({', '.join(short)})"))
+        return missing
+
     def costs(self) -> pd.DataFrame:
-        """What a step of each method takes: one row per measured method."""
-        rows = self.rows[self.rows.purpose == "cost"].drop_duplicates("method", keep="last").set_index("method")
-        known = [name for name in self.plan.methods if name in rows.index]
-        if not known:
-            return pd.DataFrame()
-        table = rows.loc[known]
-        return pd.DataFrame(
-            {
-                "title": [self.plan.title(name) for name in known],
-                "seconds_per_step": (table.step_seconds - table.wait_seconds) / table.steps,
-                "waiting_per_step": table.wait_seconds / table.steps,
-                "peak_mib": table.peak_mib,
-                "forwards_per_text": table.forwarded / table.texts,
-                "bytes_per_token": table.signal_bytes / table.signal_rows.replace(0, np.nan),
-            },
-            index=known,
-        )
+        """What a training of each method takes: one row per trained method that is reported.
+
+        Processor time and memory are medians over all reported trainings, answers those of the one that had to ask for
+        least a second time; what needs a quiet machine and an empty store
+        (`alone`, `forwards_per_text`, `bytes_per_token`) is that of the measurement of cost, NaN where there is none.
+        """
+        measured = self.rows[self.rows.purpose == "cost"].drop_duplicates("method", keep="last").set_index("method")
+        records = []
+        for name, method in self.plan.methods.items():
+            rows = pd.concat([self.reported(name, condition) for condition in self.plan.conditions])
+            if rows.empty or not method.stages or method.part == "ablation":
+                continue
+            record = {
+                "title": self.plan.title(name),
+                "cpu_per_step": (rows.train_cpu_seconds / rows.steps).median(),
+                "peak_mib": rows.peak_mib.median(),
+                "answers_per_text": (rows.answers_used / (rows.steps * self.plan.sizes.batch_size)).min(),
+            }
+            if name in measured.index:
+                cost = measured.loc[name]
+                record |= {
+                    "alone": (cost.step_seconds - cost.wait_seconds) / cost.steps,
+                    "forwards_per_text": cost.forwarded / cost.texts,
+                    "bytes_per_token": cost.signal_bytes / cost.signal_rows if cost.signal_rows else 0.0,
+                }
+            records.append(record)
+        columns = ["title", "cpu_per_step", "peak_mib", "answers_per_text", "alone", "forwards_per_text"]
+        return pd.DataFrame(records, columns=[*columns, "bytes_per_token"])
 
 
 def _settings_text(settings: dict[str, Any]) -> str:

@@ -47,7 +47,8 @@ SHARES = {"pivot": 0.3, "sft": 0.4, "infifusion": 0.6, "k2": 0.6}
 
 def _row(cell, rng: np.random.Generator, share: float) -> dict:
     marks = {f"right_{skill}": "".join(map(str, rng.binomial(1, share, ITEMS))) for skill in EXPERTS}
-    return {**vars(cell), "cell": cell.name, **marks, "bits_per_byte": float(rng.uniform(0.4, 0.6))}
+    used = {"steps": 4, "train_cpu_seconds": 0.6, "peak_mib": 600.0, "answers_used": 4 * 16 * 3}
+    return {**vars(cell), "cell": cell.name, **marks, **used, "bits_per_byte": float(rng.uniform(0.4, 0.6))}
 
 
 @pytest.fixture
@@ -118,7 +119,12 @@ def test_summary_tuning_ablation_and_cost(page, table):
         assert f"| {right / (3 * ITEMS):.1%} |" in line
         assert line.endswith(f"| {mark} |")
     assert _cells(page, "### Clean", "k2")[4] == "InfiFusion"
-    assert _cells(page, "## Cost", "InfiFusion")[1:] == ["0.200", "0.300", "512", "3.0", "76"]
+    assert _cells(page, "## Cost", "InfiFusion")[1:] == ["0.150", "600", "3.0", "0.200", "3.0", "76"]
+    assert _cells(page, "## Cost", "SFT")[1:] == ["0.150", "600", "3.0", "", "", ""]
+
+
+def test_a_complete_page_misses_nothing(page):
+    assert "not measured yet" not in page
 
 
 def test_plots_hold_a_dot_for_each_trained_method(page, tmp_path):
@@ -130,4 +136,7 @@ def test_plots_hold_a_dot_for_each_trained_method(page, tmp_path):
 def test_what_is_not_measured_is_said(table, tmp_path):
     table[(table.condition == "clean") | (table.purpose != "report")].to_parquet(tmp_path / "results.parquet")
     text = write_page(PLAN, tmp_path / "results.parquet", tmp_path).read_text()
+    assert (
+        "or not with all seeds:** pivot (30% wrong); SFT (30% wrong); InfiFusion (30% wrong); k2 (30% wrong)." in text
+    )
     assert "Not measured yet." in text.split("\n## 30% wrong\n")[1]
