@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -190,20 +191,26 @@ def _tuning_table(raw: RawResults) -> Iterator[str]:
 
 
 def _cost_table(costs: pd.DataFrame) -> Iterator[str]:
-    yield (
-        "| method | processor seconds per step | peak memory, MiB | teachers' answers per text | "
-        "alone: seconds per step | forward passes per text | bytes of signals per teacher token |"
-    )
-    yield "|---|---|---|---|---|---|---|"
+    shown = [column for column in COST_COLUMNS if costs[column.key].notna().any()]
+    yield "| method | " + " | ".join(column.title for column in shown) + " |"
+    yield "|---" * (len(shown) + 1) + "|"
     for record in costs.to_dict("records"):
-        alone = (_number(record[key], form) for key, form in COLUMNS_ALONE)
-        yield (
-            f"| {record['title']} | {record['cpu_per_step']:.3f} | {record['peak_mib']:.0f} | "
-            f"{record['answers_per_text']:.1f} | {' | '.join(alone)} |"
-        )
+        yield f"| {record['title']} | " + " | ".join(_number(record[c.key], c.form) for c in shown) + " |"
 
 
-COLUMNS_ALONE = (("alone", ".3f"), ("forwards_per_text", ".1f"), ("bytes_per_token", ".0f"))
+class _Column(NamedTuple):
+    key: str
+    title: str
+    form: str
+
+
+COST_COLUMNS = (
+    _Column("cpu_per_step", "processor seconds per step", ".3f"),
+    _Column("peak_mib", "peak memory, MiB", ".0f"),
+    _Column("answers_per_text", "teachers' answers per text", ".1f"),
+    _Column("forwards_per_text", "forward passes per text, empty store", ".1f"),
+    _Column("bytes_per_token", "bytes of signals per teacher token, empty store", ".0f"),
+)
 
 
 def _number(value: float, form: str) -> str:

@@ -146,8 +146,8 @@ class RawResults:
         """What a training of each method takes: one row per trained method that is reported.
 
         Processor time and memory are medians over all reported trainings, answers those of the one that had to ask for
-        least a second time; what needs a quiet machine and an empty store
-        (`alone`, `forwards_per_text`, `bytes_per_token`) is that of the measurement of cost, NaN where there is none.
+        least a second time; what needs an empty store (`forwards_per_text`, `bytes_per_token`) is that of the
+        measurement of cost, NaN where there is none.
         """
         measured = self.rows[self.rows.purpose == "cost"].drop_duplicates("method", keep="last").set_index("method")
         records = []
@@ -164,13 +164,12 @@ class RawResults:
             if name in measured.index:
                 cost = measured.loc[name]
                 record |= {
-                    "alone": (cost.step_seconds - cost.wait_seconds) / cost.steps,
                     "forwards_per_text": cost.forwarded / cost.texts,
                     "bytes_per_token": cost.signal_bytes / cost.signal_rows if cost.signal_rows else 0.0,
                 }
             records.append(record)
-        columns = ["title", "cpu_per_step", "peak_mib", "answers_per_text", "alone", "forwards_per_text"]
-        return pd.DataFrame(records, columns=[*columns, "bytes_per_token"])
+        columns = ["title", "cpu_per_step", "peak_mib", "answers_per_text", "forwards_per_text", "bytes_per_token"]
+        return pd.DataFrame(records, columns=columns)
 
 
 def _settings_text(settings: dict[str, Any]) -> str:
