@@ -240,7 +240,7 @@ def _before(job: StageJob, record: Mapping[str, Any], done: int) -> bool:
 def _refuse_too_many(job: StageJob, dropped: float) -> None:
     """Raises MissingSignalsError where more is dropped than `serving.max_dropped` of the whole stage's pairs."""
     teachers = sum(teacher.name != INITIAL for teacher, _ in job.spec.teachers)
-    sides = 2 if job.stage.uses_preferences else 1
+    sides = max(1, len(job.stage.sides))
     pairs = job.steps * job.stage.batch_size * sides * teachers
     allowed = job.config.serving.max_dropped * pairs
     if dropped > allowed:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from rayfuse.batch import Counts, FusionBatch, TeacherTarget
 from rayfuse.config import InfiFPO, InfiFusion, InfiGFusion
 from rayfuse.errors import LossError
-from rayfuse.losses import fuse_logps, fused_head
+from rayfuse.losses import fuse_logps, fuse_pairs, fused_head
 from rayfuse.stages.infifpo import infifpo_loss
 from rayfuse.stages.infifusion import infifusion_loss
 from rayfuse.stages.infigfusion import infigfusion_loss
@@ -201,3 +201,24 @@ def test_infifpo_without_a_teacher_in_one_pair():
             expected + infifpo_loss(InfiFPO(rule="mean"), logps_N[torch.from_numpy(rows)], alone, batch.counts)[0]
         )
     torch.testing.assert_close(loss, expected)
+
+
+def test_one_teacher_per_pair_is_chosen_among_those_that_answered():
+    """fuse_pairs with per="pair", one column at a time against the teachers that answered it alone."""
+    make = torch.Generator().manual_seed(3)
+    sides = ("chosen", "rejected")
+    teachers = {side: -torch.rand(3, 8, generator=make) for side in sides}
+    initial, policy = ({side: -torch.rand(8, generator=make) for side in sides} for _ in range(2))
+    answered = torch.rand(3, 8, generator=make) < 0.6
+    answered[0, ~answered.any(0)] = True
+    fused = fuse_pairs(teachers, initial, policy, per="pair", answered=answered)
+    for n in range(8):
+        one = slice(n, n + 1)
+        alone = fuse_pairs(
+            {side: teachers[side][answered[:, n], one] for side in sides},
+            {side: initial[side][one] for side in sides},
+            {side: policy[side][one] for side in sides},
+            per="pair",
+        )
+        for side in sides:
+            torch.testing.assert_close(fused[side][one], alone[side])
