@@ -39,8 +39,9 @@ slow: $(VENV)/.dev  ## the tests that take minutes, and those that kill processe
 	$(VLLM_BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
-vllm: .venv-vllm/.ready  ## teachers in vLLM, in an environment of its own (4.5 GB), against transformers
-	$(BIN)/python -m pytest -q -m "slow or chaos" tests/teachers/test_vllm.py
+vllm: .venv-vllm/.ready  ## teachers in vLLM, in an environment of its own (4.5 GB): alone, over HTTP, and beside the others
+	$(BIN)/python -m pytest -q -s -m "slow or chaos" tests/teachers/test_vllm.py tests/teachers/test_openai_vllm.py \
+	    tests/teachers/test_three_backends.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,7 +10,6 @@ from rayfuse.models import fingerprint
 from rayfuse.teachers.openai import OpenAITeacher
 from rayfuse.teachers.probe import served
 from rayfuse.teachers.transformers import TransformersTeacher
-from tests.teachers.vllm_server import smollm2_folder, vllm_python, vllm_server  # noqa: F401
 
 K = 10
 TOLERANCE = 2e-3
@@ -34,17 +33,17 @@ def described(server, tokenizer, **changes):
 
 
 @pytest.fixture
-def description(vllm_server, smollm2_folder, monkeypatch):  # noqa: F811
+def description(vllm_server, smollm2_folder, monkeypatch):
     monkeypatch.setenv("RAYFUSE_VLLM_KEY", vllm_server.api_key)
     return described(vllm_server, smollm2_folder)
 
 
 @pytest.fixture
-def here(smollm2_folder):  # noqa: F811
+def here(smollm2_folder):
     return TransformersTeacher(Teacher(model=str(smollm2_folder), name="here", dtype="float32", cpus=1), K)
 
 
-def test_signals_and_answers_are_those_of_transformers(description, here, vllm_server):  # noqa: F811
+def test_signals_and_answers_are_those_of_transformers(description, here, vllm_server):
     teacher = OpenAITeacher(description, K)
     assert teacher.dialect == "prompt_logprobs"
     assert teacher.context == vllm_server.max_model_len - 1
@@ -66,7 +65,7 @@ def test_signals_and_answers_are_those_of_transformers(description, here, vllm_s
     teacher.close()
 
 
-def test_the_whole_context_can_be_scored(description, here, vllm_server):  # noqa: F811
+def test_the_whole_context_can_be_scored(description, here, vllm_server):
     """A prompt cut to the server's context: one token more and the server would refuse it."""
     teacher = OpenAITeacher(description, K)
     long = Sample((("user", "one two three four " * 600),), "five six")
@@ -89,7 +88,7 @@ def test_echo_gives_the_same_as_prompt_logprobs(description):
     teacher.close()
 
 
-def test_what_the_probe_says_of_it(description, vllm_server, smollm2_folder, tiny, monkeypatch):  # noqa: F811
+def test_what_the_probe_says_of_it(description, vllm_server, smollm2_folder, tiny, monkeypatch):
     limit = vllm_server.max_logprobs
     with pytest.raises(TeacherError, match=f"greater than max allowed: {limit}.*--max-logprobs {limit + 1}"):
         OpenAITeacher(description, limit + 1)
@@ -102,6 +101,6 @@ def test_what_the_probe_says_of_it(description, vllm_server, smollm2_folder, tin
         OpenAITeacher(description, K)
 
 
-def test_fingerprint_is_the_same_at_another_time(description, smollm2_folder):  # noqa: F811
+def test_fingerprint_is_the_same_at_another_time(description, smollm2_folder):
     assert served(description).root == str(smollm2_folder)
     assert fingerprint(description, K) == fingerprint(description, K) != fingerprint(description, K + 1)

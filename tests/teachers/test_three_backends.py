@@ -1,7 +1,7 @@
 """One run, three teachers, three engines: vLLM here, a vLLM server over HTTP, and transformers; each with the real
 tokenizer of another family, all online. Its twin has the same three models in transformers.
 
-    make backends        (after `make vllm`: it needs that environment)
+    make vllm
 
 While the mixed run goes on, the transformers teacher gets a second copy and loses it again. TOLERANCE is what vLLM's
 float32 differs from that of transformers (tests/teachers/test_vllm.py), seen through a training.
