@@ -51,7 +51,7 @@ class AnswerStore(ObjectStore):
         return f"{self.root}/{fingerprint}/{settings}/{key[:2]}/{key}.json"
 
     def get(self, fingerprint: str, sampling: Sampling, key: str) -> list[str] | None:
-        """The answers, or None where there are none (or only a damaged object, which is removed)."""
+        """The answers, or None where there are none (or only a damaged object, which is set aside)."""
         about = _about(fingerprint, sampling, key)
         path = self.path(fingerprint, sampling, key)
         return self.read(path, lambda: _decode(self.fs.cat_file(path), about, sampling.count))

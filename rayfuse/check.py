@@ -208,12 +208,17 @@ def _check_endpoint(where: str, teacher: Teacher, config: Config) -> Iterator[Fi
 
 def _check_stored(where: str, teacher: Teacher, config: Config) -> Iterator[Finding]:
     """The first samples that the run will read have signals."""
+    from rayfuse.stages import METHODS
+    from rayfuse.targets import OF_VOCABULARIES
     from rayfuse.teachers.store import missing_text
 
     if teacher.tokenizer is not None:
         yield from _check_tokenizer(where, teacher)
-    elif any(stage.method == "bytekd" for stage in config.stages):
-        yield Finding(where, "bytekd reads the teacher's tokens: set `tokenizer` to the folder of its tokenizer")
+    else:
+        for stage in config.stages:
+            if not OF_VOCABULARIES.isdisjoint(METHODS[stage.method].targets):
+                text = "reads the teacher's tokens: set `tokenizer` to the folder of its tokenizer"
+                yield Finding(where, f"{stage.method} {text}")
     store, name = SignalStore(config.store_url), fingerprint(teacher, config.signals.k)
     with suppress(DataError):  # check_data says so
         samples = _first_read(config)

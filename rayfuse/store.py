@@ -2,7 +2,7 @@
 
 One small safetensors object per (fingerprint of the teacher, key of the sample). First writer wins: a second writer's
 object has the same content, so it is simply not written. This is what makes epochs, ablations, reruns, duplicates and
-restarts free. An object that cannot be read back is reported, counted and computed again.
+restarts free. An object that cannot be read back is set aside, reported, counted and computed again.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 ABOUT = "teacher.json"
 """Beside the signals of a fingerprint: which teacher gave them."""
+UNUSABLE = ".unusable"
+"""Appended to the name of an object that cannot be read; nothing reads it again, and it can be deleted."""
 
 
 class ObjectStore:
     """Small objects below one folder or URL, each written completely or not at all, and by its first writer only.
 
     Attributes:
-        damaged: objects found unreadable, foreign or of another format by this process, and removed.
+        damaged: objects found unreadable, foreign or of another format by this process, and set aside.
     """
 
     what = "store"
@@ -51,7 +53,8 @@ class ObjectStore:
     def read(self, path: str, load: Callable[[], T]) -> T | None:
         """What `load` reads from an object, or None where there is none.
 
-        An object that it refuses (SignalError) is removed, reported and counted; then it is as if it was never there.
+        An object that it refuses (SignalError) is set aside under its name and UNUSABLE, reported and counted; then it
+        is as if it was never there.
         """
         try:
             return load()
@@ -61,9 +64,9 @@ class ObjectStore:
             raise StoreError(f"cannot read {path} in the {self.what} {self.url}: {error}") from error
         except SignalError as error:
             self.damaged += 1
-            log.warning("%s: %s is unusable and is computed again: %s", self.what, path, error)
+            log.warning("%s: %s is unusable, it is set aside as %s%s: %s", self.what, path, path, UNUSABLE, error)
             with contextlib.suppress(FileNotFoundError):
-                self.fs.rm_file(path)
+                self.fs.mv(path, path + UNUSABLE)
             return None
 
     def write(self, path: str, blob: bytes) -> bool:
@@ -126,7 +129,7 @@ class SignalStore(ObjectStore):
         return f"{self.root}/{fingerprint}/{key[:2]}/{key}.safetensors"
 
     def get(self, fingerprint: str, key: str, fields: Sequence[str] = FIELDS) -> TopKSignals | None:
-        """The signals of one sample, or None where there are none (or only an unusable object, which is removed).
+        """The signals of one sample, or None where there are none (or only an unusable object, which is set aside).
 
         `fields` names what the caller needs: of a local file only that is read.
         """

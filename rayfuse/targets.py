@@ -261,6 +261,10 @@ READS: dict[str, tuple[str, ...]] = {
 """The fields of the signals that a kind is made of, and so all that is read from the store; not listed: everything."""
 
 
+OF_VOCABULARIES = frozenset({"tokens", "carried", "unmatched", "mined"})
+"""The kinds that ask what a teacher's tokens are, and so need its tokenizer beside its signals."""
+
+
 def fields_read(kinds: Sequence[str]) -> tuple[str, ...]:
     """The fields that these kinds need together, in the order of signals.FIELDS."""
     asked = {field for kind in kinds for field in READS.get(kind, FIELDS)}

@@ -89,7 +89,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_reported_counted_removed_and_computed_again(store, kind, caplog):
+def test_damage_is_reported_counted_set_aside_and_computed_again(store, kind, caplog):
     store.put(FINGERPRINT, KEY, make())
     path = store.path(FINGERPRINT, KEY)
     store.fs.pipe_file(path, DAMAGE[kind](store.fs.cat_file(path)))
@@ -98,8 +98,8 @@ def test_damage_is_reported_counted_removed_and_computed_again(store, kind, capl
     assert store.damaged == 1
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert path in caplog.text
-    assert "is unusable and is computed again" in caplog.text
-    assert files(store) == []
+    assert "is unusable, it is set aside as" in caplog.text
+    assert files(store) == [f"{path}.unusable"]
 
     assert store.put(FINGERPRINT, KEY, make()) is True
     assert equal(store.get(FINGERPRINT, KEY), make())

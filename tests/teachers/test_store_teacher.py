@@ -98,6 +98,19 @@ def test_check_counts_what_is_missing(tiny, tmp_path, written):
 
 
 @pytest.mark.parametrize(
+    ("method", "asks"), [("kl", True), ("bytekd", True), ("multilevelot", False), ("trust", False)]
+)
+def test_check_asks_for_the_tokenizer_where_the_method_reads_tokens(tiny, tmp_path, written, method, asks):
+    store, name, _ = written
+    config = air_gapped(tiny, tmp_path, store, stored=name)
+    stages = [{"method": method, "steps": 1, "batch_size": 16}]
+    config = parse_config({**config.model_dump(), "stages": stages})
+    said = f"{method} reads the teacher's tokens: set `tokenizer` to the folder of its tokenizer"
+    faults = check_config(config, Console(file=io.StringIO()))
+    assert (said in [fault.text for fault in faults]) == asks
+
+
+@pytest.mark.parametrize(
     ("teacher", "said"),
     [
         ({"stored": "abc"}, "stored.fingerprint: String should match pattern"),
