@@ -144,7 +144,10 @@ REFUSED = {
         tree(student={"model": "a", "dtype": "int8"}),
         r"student.dtype: .*'float32' or 'bfloat16' \(is 'int8'\)",
     ),
-    "unknown method": (tree(stages=["distill"]), r"stages.0: unknown method 'distill'; there are: sft, infifusion"),
+    "unknown method": (
+        tree(stages=["distill"]),
+        r"stages.0: unknown method 'distill' of a stage; there are: sft, infifusion",
+    ),
     "password in a URL": (
         tree(signals={"store": "sftp://u:secret@h/p"}),
         r"signals.store: has a user name or password",
@@ -159,7 +162,10 @@ REFUSED = {
     "unknown method in a section": (tree(stages=[{"method": "grpo"}]), r"stages.0: unknown method 'grpo'"),
     "method of another type": (tree(stages=[{"method": ["sft"]}]), r"stages.0: unknown method \['sft'\]"),
     "stage of another type": (tree(stages=[5]), r"stages.0: unknown method 5"),
-    "stage without method": (tree(stages=[{"steps": 3}]), r"stages.0: method is missing; there are: sft, infifusion"),
+    "stage without method": (
+        tree(stages=[{"steps": 3}]),
+        r"stages.0: method of the stage is missing; there are: sft, infifusion",
+    ),
     "no stage": (tree(stages=[]), "stages is empty; name at least one"),
     "steps and epochs": (stage(steps=3, epochs=2), r"stages.0: give steps or epochs, not both \(steps=3, epochs=2.0\)"),
     "no teacher": (tree(teachers=[]), r"stages.0 \(infifusion\) needs at least one teacher"),

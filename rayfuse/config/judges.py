@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from rayfuse.config.models import Model
-from rayfuse.config.section import Section, named
+from rayfuse.config.section import Section, by_method
 
 
 class Judge(Section):
@@ -74,25 +74,8 @@ JUDGES: dict[str, type[Judge]] = {
 }
 
 
-def _tag(value: Any) -> str:
-    method = value.get("method") if isinstance(value, dict) else getattr(value, "method", None)
-    return method if isinstance(method, str) else ""
-
-
-def _as_judge(value: Any) -> Any:
-    value = named(value, "method")
-    if _tag(value) not in JUDGES:
-        method = value.get("method") if isinstance(value, dict) else value
-        raise ValueError(f"unknown method {method!r} of a judge; there are: {', '.join(JUDGES)}")
-    return value
-
-
 if TYPE_CHECKING:
     AnyJudge = Judge
 else:
-    AnyJudge = Annotated[
-        Union[tuple(Annotated[judge, Tag(name)] for name, judge in JUDGES.items())],  # noqa: UP007 (a tuple of types)
-        Discriminator(_tag),
-        BeforeValidator(_as_judge),
-    ]
+    AnyJudge = by_method(JUDGES, "judge")
     """A judge in a configuration: a method's name, or a section with `method` and its knobs."""

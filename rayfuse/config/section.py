@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -39,3 +49,28 @@ class Section(BaseModel):
 def named(value: Any, key: str) -> Any:
     """A bare text in place of a section: the section with this one key (`student: some/model`)."""
     return {key: value} if isinstance(value, str) else value
+
+
+def by_method(sections: Mapping[str, type[Section]], what: str) -> Any:
+    """The type of a value that is one of `sections`: the name of a method, or a section with `method` and its knobs.
+
+    Args:
+        sections: by the name of their method.
+        what: what errors call it, for example "stage".
+    """
+
+    def method_of(value: Any) -> str:
+        method = value.get("method") if isinstance(value, dict) else getattr(value, "method", None)
+        return method if isinstance(method, str) else ""
+
+    def as_section(value: Any) -> Any:
+        value = named(value, "method")
+        if isinstance(value, dict) and "method" not in value:
+            raise ValueError(f"method of the {what} is missing; there are: {', '.join(sections)}")
+        if method_of(value) not in sections:
+            method = value["method"] if isinstance(value, dict) else value
+            raise ValueError(f"unknown method {method!r} of a {what}; there are: {', '.join(sections)}")
+        return value
+
+    kinds = tuple(Annotated[section, Tag(name)] for name, section in sections.items())
+    return Annotated[Union[kinds], Discriminator(method_of), BeforeValidator(as_section)]  # noqa: UP007 (a tuple)

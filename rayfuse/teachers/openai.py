@@ -86,14 +86,9 @@ class OpenAITeacher:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[str]:
-        """One answer to each sample's prompt (its response is not read), in order.
+        """One answer to each sample's prompt, in order; see Backend.generate. Each request has a seed of its own.
 
-        Args:
-            samples: whose messages are answered.
-            max_new_tokens: longest answer.
-            batch_size: requests in flight at most (and never more than `max_concurrency`).
-            temperature: 0 is greedy.
-            seed: of the sampling; each request has its own, made of it and the prompt.
+        At most `batch_size` requests are in flight, and never more than `max_concurrency`.
         """
         room = max(1, self.context - max_new_tokens)
         with self.rendering:

@@ -80,15 +80,9 @@ class TransformersTeacher:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[str]:
-        """One answer to each sample's prompt (its response is not read), in order.
+        """One answer to each sample's prompt, in order; see Backend.generate. Prompts of similar length go together.
 
-        Args:
-            samples: whose messages are answered.
-            max_new_tokens: longest answer.
-            batch_size: prompts generated at a time, of similar length.
-            temperature: 0 is greedy.
-            seed: of the sampling; the same samples and seed give the same bits. An answer's random numbers depend on
-                its own prompt and the seed alone; see sampling.
+        An answer's random numbers depend on its own prompt and the seed alone; see sampling.
         """
         room = None if self.context is None else max(1, self.context - max_new_tokens)
         prompts = [self.renderer.prompt_ids(sample)[-room if room else 0 :] for sample in samples]

@@ -95,7 +95,7 @@ def world(tmp_path_factory):
     return folder
 
 
-def _tree(world, smollm2, output, **teachers):
+def _tree(world, smollm2, output, /, **teachers):
     """The run's configuration; `teachers` are changes to the plain transformers teachers."""
     models = {"smollm2": smollm2, "qwen": world / "qwen", "mistral": world / "mistral"}
     return {
