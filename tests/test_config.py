@@ -168,6 +168,10 @@ REFUSED = {
     ),
     "no stage": (tree(stages=[]), "stages is empty; name at least one"),
     "steps and epochs": (stage(steps=3, epochs=2), r"stages.0: give steps or epochs, not both \(steps=3, epochs=2.0\)"),
+    "one teacher to merge": (
+        tree(stages=["fusechat"], teachers=["some/teacher"]),
+        r"stages.0 \(fusechat\) merges a student per teacher, and needs two teachers or more \(there is 1\)",
+    ),
     "no teacher": (tree(teachers=[]), r"stages.0 \(infifusion\) needs at least one teacher"),
     "wrpo without preferences": (
         tree(stages=["wrpo"]),

@@ -107,6 +107,8 @@ class Config(Section):
                 )
             if stage.uses_teachers and not self.teachers:
                 raise ValueError(f"{where} needs at least one teacher")
+            if getattr(stage, "merge", None) is not None and len(self.teachers) < 2:
+                raise ValueError(f"{where} merges a student per teacher, and needs two teachers or more (there is 1)")
             if isinstance(stage, Distillation) and stage.k is not None and stage.k > self.signals.k:
                 raise ValueError(f"{where}: k {stage.k} is more than signals.k {self.signals.k}")
         return self
