@@ -1,11 +1,12 @@
 """Tokens per second that teachers score, per backend: the same model, the same texts, the same number of cores.
 
-    python jobs/bench/teachers.py [--backends transformers vllm] [--units 4] [--unit-size 8] [--runs 5] [--quick]
+    python jobs/bench/teachers.py [--backends transformers vllm openai] [--units 4] [--unit-size 8] [--runs 5] [--quick]
 
 SmolLM2-135M in float32 scores HumanEval problems and docstrings. Each backend is loaded in a process of its own, vLLM's
-in its own interpreter (`make vllm` makes .venv-vllm; RAYFUSE_VLLM_PYTHON names another); then they take turns, a unit
-of samples at a time, after one round that is not counted. A line per backend: tokens read (prompt, response and
-end-of-turn) per second, median over the rounds, and its ratio to transformers in the same run.
+in its own interpreter (`make vllm` makes .venv-vllm; RAYFUSE_VLLM_PYTHON names another); `openai` asks a vLLM server on
+the loopback interface. They take turns, a unit of samples at a time, after one round that is not counted. A line per
+backend: tokens read (prompt, response and end-of-turn) per second, median over the rounds, and its ratio to
+transformers in the same run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 K = 10
+MAX_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,33 @@ def transformers_case(folder: Path, args: argparse.Namespace) -> Case:
 
 def vllm_case(folder: Path, args: argparse.Namespace) -> Case:
     """An engine in processes of its own."""
-    python = os.environ.get("RAYFUSE_VLLM_PYTHON") or str(ROOT / ".venv-vllm" / "bin" / "python")
-    if not Path(python).exists():
+    return Case(_teacher(folder, args, backend="vllm", vllm={"max_model_len": MAX_LENGTH}), _vllm_python())
+
+
+def openai_case(folder: Path, args: argparse.Namespace) -> Case:
+    """The same engine behind a server, which ends with this process."""
+    from jobs.vllm_server import start_server
+
+    log = args.scratch / "server.log"
+    server = args.stack.enter_context(start_server(_vllm_python(), folder, log, max_model_len=MAX_LENGTH))
+    os.environ["RAYFUSE_BENCH_KEY"] = server.api_key
+    endpoint = {"url": server.url, "model": server.model, "api_key_env": "RAYFUSE_BENCH_KEY"}
+    return Case(_teacher(folder, args, backend="openai", tokenizer=str(folder), endpoint=endpoint), sys.executable)
+
+
+def _vllm_python() -> str:
+    from jobs.vllm_server import vllm_python
+
+    python = vllm_python()
+    if python is None:
         raise SystemExit("vLLM is missing: run `make vllm`, or name its interpreter in RAYFUSE_VLLM_PYTHON")
-    return Case(_teacher(folder, args, backend="vllm", vllm={"max_model_len": 2048}), python)
+    return python
 
 
 CASES: dict[str, Callable[[Path, argparse.Namespace], Case]] = {
     "transformers": transformers_case,
     "vllm": vllm_case,
+    "openai": openai_case,
 }
 
 
@@ -150,6 +170,7 @@ def main() -> None:
 
     print(machine())
     with tempfile.TemporaryDirectory(prefix="rayfuse-bench-") as scratch, ExitStack() as stack:
+        args.scratch, args.stack = Path(scratch), stack
         model, units, tokens = make_input(Path(scratch), args.units, args.unit_size)
         print(f"{len(units)} units of {args.unit_size} samples, {sum(tokens)} tokens; {args.cpus:g} cores a backend")
         workers = {name: Worker(CASES[name](model, args), units, Path(scratch)) for name in args.backends}

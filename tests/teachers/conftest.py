@@ -2,6 +2,9 @@
 
 import datetime
 import ipaddress
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cryptography import x509
@@ -9,9 +12,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tests.teachers.vllm_server import smollm2_folder, vllm_python, vllm_server
-
-__all__ = ["certificate", "smollm2_folder", "vllm_python", "vllm_server"]
+from jobs.smollm2_world import make_teacher
+from jobs.vllm_server import ROOT, Server, start_server
+from jobs.vllm_server import vllm_python as vllm_python_here
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +42,31 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return str(folder / "cert.pem"), str(folder / "key.pem")
+
+
+@pytest.fixture(scope="session")
+def vllm_python() -> str:
+    """The interpreter in which vLLM is installed; skips the test where there is none."""
+    python = vllm_python_here()
+    if python is None:
+        pytest.skip("needs vLLM: `make vllm` makes .venv-vllm; RAYFUSE_VLLM_PYTHON names another interpreter")
+    return python
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct in bfloat16 safetensors with its tokenizer, made once and kept in .cache."""
+    folder = ROOT / ".cache" / "smollm2" / "teacher"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        half = folder.with_name(f"teacher.{os.getpid()}")
+        make_teacher(half)
+        half.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_server(vllm_python: str, smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of SmolLM2 in float32 on a free port of the loopback interface, with an API key."""
+    with start_server(vllm_python, smollm2_folder, tmp_path_factory.mktemp("vllm") / "server.log") as server:
+        yield server

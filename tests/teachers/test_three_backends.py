@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from jobs.smollm2_world import library_docstrings, package_file, qwen_tokenizer
+from jobs.vllm_server import start_server
 from rayfuse.config import parse_config
 from rayfuse.fuse import fuse
 from rayfuse.models import fingerprint
@@ -28,7 +29,6 @@ from rayfuse.quickstart.models import STYLES, make_model, make_tokenizer, save
 from rayfuse.teachers.deployment import application_name
 from rayfuse.teachers.manage import manage
 from tests.real_tokenizers import TEKKEN
-from tests.teachers.vllm_server import start_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 ROWS, STEPS = 96, 24

@@ -1,6 +1,6 @@
 """The vLLM teacher against the transformers teacher, both in float32, on SmolLM2-135M and on a small padded model.
 
-The engine runs where it is installed (see vllm_server): directly, and as a replica with its own runtime environment.
+The engine runs where it is installed (see jobs/vllm_server.py): directly, and as a replica with its own environment.
 TOLERANCE is how far two float32 engines may be apart in the log-probability of a token (nats); signals are kept in
 float16, whose own rounding at 16 nats is 0.008.
 """
@@ -19,13 +19,13 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from jobs.smollm2_world import human_eval_problems
+from jobs.vllm_server import ROOT
 from rayfuse import resources
 from rayfuse.config import Teacher, parse_config
 from rayfuse.data import Sample
 from rayfuse.models import fingerprint
 from rayfuse.teachers.deployment import TeacherClient, application_name, delete, deploy
 from rayfuse.teachers.transformers import TransformersTeacher
-from tests.teachers.vllm_server import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 K = 10

@@ -1,7 +1,6 @@
-"""Real vLLM for tests: the interpreter that has it, SmolLM2-135M as a folder, and an OpenAI-compatible server of it.
+"""An OpenAI-compatible vLLM server of a model, on the CPU and for as long as a block runs: for tests and benchmarks.
 
-vLLM lives in an environment of its own (`make vllm` makes `.venv-vllm`; RAYFUSE_VLLM_PYTHON names another). The tests
-of this folder use the fixtures by name, and are skipped where there is no such interpreter.
+vLLM lives in an environment of its own (`make vllm` makes `.venv-vllm`; RAYFUSE_VLLM_PYTHON names another).
 """
 
 import ctypes
@@ -18,11 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import pytest
 
-from jobs.smollm2_world import make_teacher
-
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 START_S = 900.0
 """A server imports vLLM in three processes one after the other: 20 s on an idle machine, minutes on a busy one."""
 ONE_PROCESS_A_CORE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -51,32 +47,10 @@ class Server:
     process: subprocess.Popen
 
 
-@pytest.fixture(scope="session")
-def vllm_python() -> str:
-    """The interpreter in which vLLM is installed; skips the test where there is none."""
+def vllm_python() -> str | None:
+    """The interpreter in which vLLM is installed, or None where there is none."""
     python = os.environ.get("RAYFUSE_VLLM_PYTHON") or str(ROOT / ".venv-vllm" / "bin" / "python")
-    if not Path(python).exists():
-        pytest.skip("needs vLLM: `make vllm` makes .venv-vllm; RAYFUSE_VLLM_PYTHON names another interpreter")
-    return python
-
-
-@pytest.fixture(scope="session")
-def smollm2_folder() -> Path:
-    """SmolLM2-135M-Instruct in bfloat16 safetensors with its tokenizer, made once and kept in .cache."""
-    folder = ROOT / ".cache" / "smollm2" / "teacher"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        half = folder.with_name(f"teacher.{os.getpid()}")
-        make_teacher(half)
-        half.rename(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def vllm_server(vllm_python: str, smollm2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of SmolLM2 in float32 on a free port of the loopback interface, with an API key."""
-    with start_server(vllm_python, smollm2_folder, tmp_path_factory.mktemp("vllm") / "server.log") as server:
-        yield server
+    return python if Path(python).exists() else None
 
 
 @contextmanager
