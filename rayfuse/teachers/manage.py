@@ -40,13 +40,16 @@ def manage(config: Config, action: str, arguments: Sequence[str], console: Conso
     if arguments and action != "scale":
         raise ConfigError(f"{action} takes no arguments, got {' '.join(arguments)}")
     config = config.absolute()
+    wanted = [teacher for teacher in config.teachers if teacher.stored is None]
+    if action == "scale":  # what the others are is not asked: one of them may be away
+        wanted = [_named(wanted, arguments)]
     if resources.connect(config):
         raise ConfigError(
             "teachers can only be kept on a running Ray cluster, and an embedded one ends with this command: start one "
             "(ray start --head) and set RAY_ADDRESS or cluster.address"
         )
     deployment.start_serve()
-    teachers = [(t, fingerprint(t, config.signals.k)) for t in config.teachers if t.stored is None]
+    teachers = [(teacher, fingerprint(teacher, config.signals.k)) for teacher in wanted]
     ACTIONS[action](config, teachers, arguments, console)
 
 
@@ -68,16 +71,22 @@ def _down(config: Config, teachers: list[tuple[Teacher, str]], _: Sequence[str],
     console.print(f"removed {', '.join(teacher.name for teacher, _ in teachers)}")
 
 
-def _scale(config: Config, teachers: list[tuple[Teacher, str]], arguments: Sequence[str], console: Console) -> None:
-    by_name = {teacher.name: (teacher, fp) for teacher, fp in teachers}
+def _named(teachers: Sequence[Teacher], arguments: Sequence[str]) -> Teacher:
+    """The teacher that the arguments of `scale` are about."""
     if len(arguments) != 2 or not arguments[1].isdecimal():
         raise ConfigError(
             f"scale takes a teacher's name and a number of copies, got {' '.join(arguments) or 'nothing'}"
         )
+    by_name = {teacher.name: teacher for teacher in teachers}
+    if arguments[0] not in by_name:
+        raise ConfigError(f"there is no teacher {arguments[0]!r}; there are: {', '.join(by_name)}")
+    return by_name[arguments[0]]
+
+
+def _scale(config: Config, teachers: list[tuple[Teacher, str]], arguments: Sequence[str], console: Console) -> None:
+    (teacher,) = teachers
     name, copies = arguments[0], int(arguments[1])
-    if name not in by_name:
-        raise ConfigError(f"there is no teacher {name!r}; there are: {', '.join(by_name)}")
-    application = deployment.application_name(*by_name[name])
+    application = deployment.application_name(*teacher)
     if copies:
         scaling.wish(application, scaling.PINNED, copies, copies)
     else:
@@ -85,7 +94,7 @@ def _scale(config: Config, teachers: list[tuple[Teacher, str]], arguments: Seque
     if scaling.resize(application) is None:
         scaling.forget(application)
         raise TeacherError(f"teacher {name} is not up; start it with: rayfuse teachers CONFIG up")
-    console.print(status_table([by_name[name]]))
+    console.print(status_table([teacher]))
 
 
 def _status(config: Config, teachers: list[tuple[Teacher, str]], _: Sequence[str], console: Console) -> None:
