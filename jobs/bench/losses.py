@@ -1,4 +1,4 @@
-"""What ULD costs: rayfuse on the fused head's top-K, against TRL 1.16's ULDLoss on full logits.
+"""What ULD costs: rayfuse on the fused head's top-K, against TRL 1.16's ULDLoss and MultiLevelOT on full logits.
 
     python jobs/bench/losses.py [--positions 128 512 4096] [--student 100352 151936] [--hidden 512] [--runs 3]
         [--trl-up-to 512] [--threads 1] [--device cpu] [--dtype float32]
@@ -8,7 +8,8 @@ gradients of hidden states and head weight. The teacher's answer is ready in eac
 rayfuse. "extra" is what distillation adds to the cross-entropy of the same kind of head. The teacher has the other one
 of the two vocabularies (Phi-4's 100,352 and Qwen's 151,936). With one thread, times are processor time. TRL's own time
 per position grows with the length, and it holds several [N, V] tensors: beyond --trl-up-to positions it is left out,
-and so are the full logits.
+and so is all else on full logits. Liger's fused JSD, on CUDA where it is installed, needs a teacher with the student's
+vocabulary and its hidden states: it stands for what distillation costs where tokenizers agree.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 from rayfuse.alignment import align
 from rayfuse.losses import fused_head, uld_loss
+from rayfuse.losses.transport import sinkhorn_positions
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 VOCABULARIES, SHARED, K = (100_352, 151_936), 0.7, 10
@@ -54,6 +56,28 @@ def trl_loss(student: int, teacher: int, extended: bool, hybrid: bool) -> Any:
         beta=0.5,
     )
     return ULDLoss(config, *vocabularies)
+
+
+def multilevelot(student_NV: torch.Tensor, teacher_NV: torch.Tensor) -> torch.Tensor:
+    """MultiLevelOT's formula (arXiv 2412.14528) on full logits, position by position, with its authors' constants."""
+    sides = [(logits / (logits.std(1, keepdim=True) + 1e-4)).softmax(1) for logits in (student_NV, teacher_NV)]
+    S_NC, T_NC = (side[:, side.detach().sum(0).argsort(descending=True)[:50]] for side in sides)
+    token = (S_NC - T_NC).abs().sum() - 0.1 * (S_NC.softmax(1) * T_NC.log_softmax(1)).sum()
+    sequence = sinkhorn_positions((T_NC / 2).softmax(1), (S_NC / 2).softmax(1), [len(S_NC)], 0.1, 10)
+    return token / len(S_NC) + 0.1 * 0.001 * sequence.sum()
+
+
+def liger_jsd(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+    """Liger's fused linear JSD against a teacher of the student's own shape, or None where it is not to be had."""
+    if hidden.device.type != "cuda":
+        return None
+    try:
+        from liger_kernel.transformers import LigerFusedLinearJSD
+    except ImportError:
+        print("liger_kernel is not installed: left out")
+        return None
+    jsd, teacher = LigerFusedLinearJSD(), torch.randn_like(weight) * 3 / hidden.shape[1] ** 0.5
+    return lambda: jsd(hidden, weight, hidden.detach(), teacher, labels)
 
 
 def token_ends(positions: int, generator: np.random.Generator) -> np.ndarray:
@@ -85,9 +109,11 @@ def compare(positions: int, student: int, hidden_size: int, runs: int, peers: bo
         loss.backward()
         hidden.grad = weight.grad = None
 
-    def full_logits(trl: Any = None) -> None:
+    def full_logits(trl: Any = None, multilevel: bool = False) -> None:
         logits = hidden @ weight.T
         loss = F.cross_entropy(logits, labels)
+        if multilevel:
+            loss = loss + multilevelot(logits, teacher_logits)
         if trl is not None:
             arguments = (logits[None], teacher_logits[None], labels[None], teacher_ids, labels[None], teacher_ids)
             loss = loss + trl(*arguments, student_offsets[None], teacher_offsets[None])
@@ -110,6 +136,10 @@ def compare(positions: int, student: int, hidden_size: int, runs: int, peers: bo
         for name, how in (("by position", (False, False)), ("extended (aligned)", (True, False))):
             cases[f"TRL ULD {name}"] = partial(full_logits, trl_loss(student, teacher, *how))
         cases["TRL ULD extended, hybrid"] = partial(full_logits, trl_loss(student, teacher, True, True))
+        cases["MultiLevelOT"] = partial(full_logits, multilevel=True)
+    jsd = liger_jsd(hidden, weight, labels)
+    if jsd is not None:
+        cases["Liger fused JSD"] = lambda: step(jsd())
     cases["fused head, cross-entropy only"] = lambda: fused(False)
     cases["rayfuse ULD by position"] = lambda: fused(True, False)
     cases["rayfuse ULD aligned"] = lambda: fused(True)
@@ -119,7 +149,7 @@ def compare(positions: int, student: int, hidden_size: int, runs: int, peers: bo
     print(f"N {positions}, student {student:,}, teacher {teacher:,}: ms a step, extra ms a position, extra MiB, x ours")
     for name, (milliseconds, memory) in results.items():
         extra = ""
-        if "only" not in name:
+        if "only" not in name and "Liger" not in name:
             head = "fused head" if "rayfuse" in name else "full logits"
             extra = f"{(milliseconds - results[f'{head}, cross-entropy only'][0]) / positions:8.3f}"
         print(f"  {name:<34} {milliseconds:9.1f} ms {extra:>9}  {memory:8.0f} MiB  {milliseconds / ours:6.2f} x")

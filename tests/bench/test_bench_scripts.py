@@ -31,7 +31,10 @@ SCRIPTS = {
     ),
     "targets": ([], [r"^qwen +tokens .* us per token and teacher", r"^tekken +mined .* us per token"]),
     "gw": ([], [r"^n 5 .* closed form", r"^n 70 .* POT batched .* gap"]),
-    "losses": ([], [r"^  TRL ULD extended, hybrid .* x", r"^  rayfuse ULD aligned .* 1\.00 x"]),
+    "losses": (
+        [],
+        [r"^  TRL ULD extended, hybrid .* x", r"^  MultiLevelOT .* x", r"^  rayfuse ULD aligned .* 1\.00 x"],
+    ),
     "wait": ([], [r"^1 replicas, 0\.50 x .* waits .* %", r"^2 replicas, 1\.00 x"]),
     "endtoend": (
         ["--folder"],
