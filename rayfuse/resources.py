@@ -22,6 +22,8 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Tokenizers, teachers and the student start at the same time, each in its process: that is no leak to warn of.
     "RAY_worker_maximum_startup_concurrency": "64",
+    # Tasks come in waves, and a process takes seconds of processor time to start: keep it for the next wave.
+    "RAY_idle_worker_killing_time_threshold_ms": "60000",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
