@@ -85,7 +85,7 @@ def _direct(python, tmp_path, teacher, *calls):
 
 def _compare(mine, theirs, tolerance=TOLERANCE):
     """Signals of vLLM and of transformers for the same samples; returns (rows, largest difference)."""
-    worst, rows = 0.0, 0
+    worst, rows, decided = 0.0, 0, 0
     for one, other in zip(mine, theirs, strict=True):
         np.testing.assert_array_equal(one.byte_ends, other.byte_ends)
         np.testing.assert_allclose(one.token_logps, other.token_logps, atol=tolerance)
@@ -94,7 +94,7 @@ def _compare(mine, theirs, tolerance=TOLERANCE):
         )
         first, second = other.logps[:, 0].astype(np.float32), other.logps[:, 1].astype(np.float32)
         clear = first - second > 2 * (tolerance + FLOAT16)
-        assert clear.mean() > 0.8
+        decided += clear.sum()
         np.testing.assert_array_equal(one.ids[clear, 0], other.ids[clear, 0])
         # Of the others too: whatever one keeps, the other keeps, unless it is as likely as the last kept.
         for row in range(len(one)):
@@ -102,6 +102,7 @@ def _compare(mine, theirs, tolerance=TOLERANCE):
             above = {int(token) for token, logp in zip(other.ids[row], other.logps[row], strict=True) if logp > edge}
             assert above <= set(one.ids[row].tolist())
         worst, rows = max(worst, float(np.abs(one.token_logps - other.token_logps).max())), rows + len(one)
+    assert decided > 0.8 * rows
     return rows, worst
 
 
@@ -162,7 +163,9 @@ def test_padded_vocabulary_rows_take_no_part_on_two_workers(vllm_python, smollm2
     plain = TransformersTeacher(_in_transformers(teacher), K)
     _compare(scored, plain.score(samples))
     assert all((item.ids < len(tokenizer)).all() for item in scored)
-    assert greedy == plain.generate(samples, **ANSWERS)
+    # Untrained, the model knows near ties; a padded row would win somewhere in three quarters of the answers.
+    same = [one == other for one, other in zip(greedy, plain.generate(samples, **ANSWERS), strict=True)]
+    assert sum(same) > 0.7 * len(samples)
 
 
 @pytest.fixture(scope="module")
