@@ -27,8 +27,8 @@ quickstart: $(VENV)/.core  ## train three small experts, fuse them into a fourth
 test: $(VENV)/.dev lint  ## lint, types and the default tests
 	$(BIN)/python -m pytest -q
 
-slow: $(VENV)/.dev  ## the tests that take minutes, and those that kill processes (without those of benchmarks and comparison)
-	$(BIN)/python -m pytest -q -m "slow or chaos" --ignore tests/bench --ignore tests/compare
+slow: $(VENV)/.dev  ## the tests that take minutes, and those that kill processes (without those of benchmarks)
+	$(BIN)/python -m pytest -q -m "slow or chaos" --ignore tests/bench
 
 # The packages that vLLM brings for pictures and sound do not fit a torch without CUDA.
 .venv-vllm/.ready: $(VENV)/.dev
