@@ -253,9 +253,9 @@ def prepare_cost(folder: Path, count: int, rows: int) -> None:
     """Processor time per token of the prepare task's own work, 3 teachers, in this process without Ray."""
     units = world(folder / "student", count, 4 * rows)
     stubs = [stub(f"local-{index}", folder / "student", rows, 0.0) for index in range(3)]
-    answers = {id(unit): StubTeacher(stubs[0][0], K).score(unit) for unit in units}
+    answers = {unit[0].key: StubTeacher(stubs[0][0], K).score(unit) for unit in units}
     spec = PrepareSpec(stubs[0][0], tuple(stubs), str(folder / "store-local"), K, "bytes", 1 << 20)
-    scorer: Any = SimpleNamespace(score=lambda unit: lambda: answers[id(unit)])
+    scorer: Any = SimpleNamespace(score=lambda unit: lambda: answers[unit[0].key])
     for name, case in (("no teachers", replace(spec, teachers=())), ("cold store", spec), ("warm store", spec)):
         prepare = Preparer(case, lambda *_: scorer)
         prepare.renderer.render(units[0][0])  # builds the tokenizer's table
