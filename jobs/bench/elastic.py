@@ -25,6 +25,8 @@ from itertools import pairwise
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # Serve's threads outlive a cluster, and must not connect to the next
+
 import ray
 from measure import machine
 from ray import cloudpickle, serve
