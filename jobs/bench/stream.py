@@ -203,36 +203,35 @@ def flow(folder: Path, counts: Sequence[int], count: int, rounds: int, rows: int
     time.sleep(2)
     print(f"Ray and Serve doing nothing use {(_processor_seconds() - used) / 2:.2f} cores; that is in every line below")
     for teachers in counts:
-        student, store = stubs[0][0], folder / f"store-{teachers}"
-        spec = PrepareSpec(student, tuple(stubs[:teachers]), str(store), K, "bytes", 1 << 20)
-        sft = replace(spec, teachers=())
+        stores = [str(folder / f"store-{teachers}-{turn}") for turn in range(rounds + 1)]
+        specs = [PrepareSpec(stubs[0][0], tuple(stubs[:teachers]), store, K, "bytes", 1 << 20) for store in stores]
         some, these = actors[:teachers], clients[:teachers]
 
-        ways: dict[str, Callable[[], Any]] = {
-            "raw actors": lambda some=some: in_flight(
+        ways: dict[str, Callable[[PrepareSpec], Any]] = {
+            "raw actors": lambda _, some=some: in_flight(
                 lambda unit: [actor.score.remote(unit) for actor in some],
                 lambda answers: [unpack(ray.get(answer)) for answer in answers],
                 units,
                 prefetch,
             ),
-            "Serve handles": lambda these=these: in_flight(
+            "Serve handles": lambda _, these=these: in_flight(
                 lambda unit: [client.score(unit) for client in these],
                 lambda waits: [wait() for wait in waits],
                 units,
                 prefetch,
             ),
-            "Serve, prepare, cold store": lambda spec=spec: stream(spec, units, prefetch),
-            "Serve, prepare, warm store": lambda spec=spec: stream(spec, units, prefetch),
+            "Serve, prepare, cold store": lambda spec: stream(spec, units, prefetch),
+            "Serve, prepare, warm store": lambda spec: stream(spec, units, prefetch),
         }
         if teachers == 1:
-            ways["prepare without teachers (SFT)"] = lambda sft=sft: stream(sft, units, prefetch)
+            ways["prepare without teachers (SFT)"] = lambda spec: stream(replace(spec, teachers=()), units, prefetch)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         cpu: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(rounds + 1):
-            shutil.rmtree(store, ignore_errors=True)
+        # Each turn has a store of its own: ext4 looks for new files slowly where it has just deleted thousands.
+        for turn, spec in enumerate(specs):
             for name, way in ways.items():
                 begun, used = time.perf_counter(), _processor_seconds()
-                way()
+                way(spec)
                 if turn:
                     seconds[name].append(time.perf_counter() - begun)
                     cpu[name].append(_processor_seconds() - used)
