@@ -310,7 +310,7 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=4, help="units in preparation at a time (student.prefetch)")
     parser.add_argument("--seconds", type=float, default=0.2, help="what the slow teacher sleeps per unit")
     parser.add_argument("--replicas", type=int, nargs="*", default=[1, 2, 4, 8])
-    parser.add_argument("--per-replica", type=int, default=3, help="units in flight per replica of the slow teacher")
+    parser.add_argument("--per-replica", type=int, default=4, help="units in flight per replica of the slow teacher")
     parser.add_argument("--quick", action="store_true", help="half a minute, numbers without meaning")
     args = parser.parse_args()
     rows, calls, samples = ROWS, 25, 20_000
