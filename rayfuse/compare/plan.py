@@ -192,7 +192,7 @@ class Plan(Section):
             yield self.cell(name, condition, seed, settings, "report")
 
     def costs(self, name: str, chosen: Mapping[str, dict[str, Any]]) -> Iterator[Cell]:
-        """The cell that measures time, memory and signals of a main method: alone in a process, with an empty store."""
+        """The cell that measures time, memory and signals of a main method, alone in a process, with an empty store."""
         if self.methods[name].stages and self.methods[name].part == "main":
             settings = self.settings_of(name, chosen, chosen.get(name, {}))
             yield self.cell(name, self.cost_condition, self.tuning_seed, settings, "cost")
