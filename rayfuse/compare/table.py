@@ -155,13 +155,14 @@ class RawResults:
             rows = pd.concat([self.reported(name, condition) for condition in self.plan.conditions])
             if rows.empty or not method.stages or method.part == "ablation":
                 continue
+            trained = rows[rows.steps > 0]  # other merges of the same students find them trained
             record = {
                 "title": self.plan.title(name),
-                "cpu_per_step": (rows.train_cpu_seconds / rows.steps).median(),
-                "peak_mib": rows.peak_mib.median(),
-                "answers_per_text": (rows.answers_used / (rows.steps * self.plan.sizes.batch_size)).min(),
+                "cpu_per_step": (trained.train_cpu_seconds / trained.steps).median(),
+                "peak_mib": trained.peak_mib.median(),
+                "answers_per_text": (trained.answers_used / (trained.steps * self.plan.sizes.batch_size)).min(),
             }
-            if name in measured.index:
+            if name in measured.index and measured.loc[name].texts:
                 cost = measured.loc[name]
                 record |= {
                     "forwards_per_text": cost.forwarded / cost.texts,
