@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Serve's threads outlive the cluster that a module shuts down: they must not start the next one, of two CPUs.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 import pytest
 from hypothesis import settings
