@@ -15,6 +15,7 @@ from rayfuse.fuse import fuse
 from rayfuse.models import fingerprint
 from rayfuse.teachers import deployment
 
+pytestmark = pytest.mark.slow
 STAGES = [{"method": "infifusion", "steps": 4, "batch_size": 16, "learning_rate": 1e-3}]
 
 

@@ -155,6 +155,7 @@ def _students(folder):
     return [load_file(folder / "stages/01-infifusion" / part / "model.safetensors") for part in parts]
 
 
+@pytest.mark.slow
 def test_pairwise_infifusion_trains_a_student_per_teacher_and_merges_them(tiny, tmp_path, cluster):
     """With task arithmetic and weights 1/S the result is the mean; side by side or one by one, it is the same bits."""
     for name, parallel in (("together", 2), ("in turn", 1)):
@@ -174,6 +175,7 @@ def test_pairwise_infifusion_trains_a_student_per_teacher_and_merges_them(tiny, 
     AutoModelForCausalLM.from_pretrained(tmp_path / "together/model")
 
 
+@pytest.mark.slow
 def test_a_teacher_that_fails_costs_the_other_student_nothing(tiny, tmp_path, cluster):
     """One of two teachers cannot start: the other's student is kept, and a resume trains the missing one only."""
     broken = shutil.copytree(tiny.model("code"), tmp_path / "code")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from rayfuse.config import load_config
 from rayfuse.fuse import fuse
 
+pytestmark = pytest.mark.slow
 TEACHERS = ("math", "code")
 STEPS = 6
 PARTS = {

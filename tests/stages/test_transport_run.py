@@ -9,6 +9,7 @@ import yaml
 from rayfuse.config import load_config
 from rayfuse.fuse import fuse
 
+pytestmark = pytest.mark.slow
 STEPS = 15
 """Of 16 samples: two passes over the 120."""
 STAGES = {

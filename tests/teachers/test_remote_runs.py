@@ -14,6 +14,7 @@ from rayfuse.fuse import fuse
 from rayfuse.store import SignalStore
 from tests.teachers.stand_in import StandIn
 
+pytestmark = pytest.mark.slow
 KEY = "sk-whole-run-0123456789abcdef"
 VARIABLE = "RAYFUSE_RUN_KEY"
 K = 5
