@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,30 +62,8 @@ def _lines(raw: RawResults, tables: dict[tuple[str, str], pd.DataFrame]) -> Iter
         yield f"## {plan.conditions[condition].title}"
         yield ""
         yield from _main_table(tables[condition, "main"])
-    if not all(tables[condition, "extra"].empty for condition in plan.conditions):
-        yield ""
-        yield "## Beyond the methods as defined"
-        yield ""
-        yield from plan.notes.get("extra", "").strip().splitlines()
-        for condition in plan.conditions:
-            if not tables[condition, "extra"].empty:
-                yield ""
-                yield f"### {plan.conditions[condition].title}"
-                yield ""
-                yield from _main_table(tables[condition, "extra"])
-    if not all(tables[condition, "ablation"].empty for condition in plan.conditions):
-        yield ""
-        yield "## Ablations"
-        yield ""
-        yield from plan.notes.get("ablation", "").strip().splitlines()
-        yield ""
-        yield "![Accuracy minus that of the method as defined, with 95% intervals](results-ablation.svg)"
-        for condition in plan.conditions:
-            if not tables[condition, "ablation"].empty:
-                yield ""
-                yield f"### {plan.conditions[condition].title}"
-                yield ""
-                yield from _ablation_table(plan, tables[condition, "ablation"])
+    yield from _part(plan, tables, "extra", "Beyond the methods as defined", _main_table)
+    yield from _part(plan, tables, "ablation", "Ablations", partial(_ablation_table, plan))
     yield ""
     yield "## Tuning"
     yield ""
@@ -103,6 +82,25 @@ def _lines(raw: RawResults, tables: dict[tuple[str, str], pd.DataFrame]) -> Iter
     yield "## Again"
     yield ""
     yield from plan.notes.get("again", "").strip().splitlines()
+
+
+def _part(
+    plan: Plan,
+    tables: dict[tuple[str, str], pd.DataFrame],
+    part: str,
+    title: str,
+    table: Callable[[pd.DataFrame], Iterator[str]],
+) -> Iterator[str]:
+    """The section of a part of the plan: its note, its plot where there is one, and a table for each condition."""
+    measured = [condition for condition in plan.conditions if not tables[condition, part].empty]
+    if not measured:
+        return
+    yield from ("", f"## {title}", "", *plan.notes.get(part, "").strip().splitlines())
+    if part == "ablation":
+        yield ""
+        yield "![Accuracy minus that of the method as defined, with 95% intervals](results-ablation.svg)"
+    for condition in measured:
+        yield from ("", f"### {plan.conditions[condition].title}", "", *table(tables[condition, part]))
 
 
 def _sizes(raw: RawResults) -> Iterator[str]:
