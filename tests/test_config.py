@@ -146,7 +146,7 @@ REFUSED = {
     ),
     "unknown method": (
         tree(stages=["distill"]),
-        r"stages.0: unknown method 'distill' of a stage; there are: sft, infifusion",
+        r"stages.0: unknown method 'distill'; there are: sft, infifusion",
     ),
     "password in a URL": (
         tree(signals={"store": "sftp://u:secret@h/p"}),
@@ -164,7 +164,7 @@ REFUSED = {
     "stage of another type": (tree(stages=[5]), r"stages.0: unknown method 5"),
     "stage without method": (
         tree(stages=[{"steps": 3}]),
-        r"stages.0: method of the stage is missing; there are: sft, infifusion",
+        r"stages.0: method is missing; there are: sft, infifusion",
     ),
     "no stage": (tree(stages=[]), "stages is empty; name at least one"),
     "steps and epochs": (stage(steps=3, epochs=2), r"stages.0: give steps or epochs, not both \(steps=3, epochs=2.0\)"),

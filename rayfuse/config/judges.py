@@ -77,5 +77,5 @@ JUDGES: dict[str, type[Judge]] = {
 if TYPE_CHECKING:
     AnyJudge = Judge
 else:
-    AnyJudge = by_method(JUDGES, "judge")
+    AnyJudge = by_method(JUDGES, " of a judge")
     """A judge in a configuration: a method's name, or a section with `method` and its knobs."""

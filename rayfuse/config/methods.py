@@ -33,5 +33,5 @@ STAGES: dict[str, type[Stage]] = {
 if TYPE_CHECKING:
     AnyStage = Stage
 else:
-    AnyStage = by_method(STAGES, "stage")
+    AnyStage = by_method(STAGES)
     """A stage in a configuration: a method's name, or a section with `method` and its knobs."""

@@ -51,12 +51,12 @@ def named(value: Any, key: str) -> Any:
     return {key: value} if isinstance(value, str) else value
 
 
-def by_method(sections: Mapping[str, type[Section]], what: str) -> Any:
+def by_method(sections: Mapping[str, type[Section]], what: str = "") -> Any:
     """The type of a value that is one of `sections`: the name of a method, or a section with `method` and its knobs.
 
     Args:
         sections: by the name of their method.
-        what: what errors call it, for example "stage".
+        what: what errors say behind the method's name, for example " of a judge"; a stage is named by its place.
     """
 
     def method_of(value: Any) -> str:
@@ -66,10 +66,10 @@ def by_method(sections: Mapping[str, type[Section]], what: str) -> Any:
     def as_section(value: Any) -> Any:
         value = named(value, "method")
         if isinstance(value, dict) and "method" not in value:
-            raise ValueError(f"method of the {what} is missing; there are: {', '.join(sections)}")
+            raise ValueError(f"method is missing; there are: {', '.join(sections)}")
         if method_of(value) not in sections:
             method = value["method"] if isinstance(value, dict) else value
-            raise ValueError(f"unknown method {method!r} of a {what}; there are: {', '.join(sections)}")
+            raise ValueError(f"unknown method {method!r}{what}; there are: {', '.join(sections)}")
         return value
 
     kinds = tuple(Annotated[section, Tag(name)] for name, section in sections.items())
