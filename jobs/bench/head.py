@@ -1,6 +1,6 @@
 """The distillation tax: the fused head with every loss on its top-K, against cross-entropy alone.
 
-    python jobs/bench/head.py [--positions 512] [--hidden 896] [--vocab 100352] [--runs 5] [--device cpu]
+    python jobs/bench/head.py [--positions 512] [--hidden 896] [--vocab 100352] [--runs 5] [--device cpu] [--quick]
 
 Every case starts at the last hidden states and ends with the gradients of hidden states and head weight.
 """
@@ -22,7 +22,7 @@ K = 10
 def plain_chunked(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy over the fused head's own chunks, torch's kernels and autograd inside each; sums the gradients."""
     total = torch.zeros((), device=hidden.device)
-    for rows in chunks(len(hidden), len(weight), None):
+    for rows in chunks(hidden, len(weight), None):
         chunk = hidden[rows].detach().requires_grad_()
         loss = F.cross_entropy(F.linear(chunk, weight).float(), labels[rows], reduction="sum") / len(hidden)
         loss.backward()
@@ -38,7 +38,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, numbers without meaning")
     args = parser.parse_args()
+    if args.quick:
+        args.positions, args.hidden, args.vocab, args.runs = 16, 16, 2000, 1
     options = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     torch.manual_seed(0)
     hidden = torch.randn(args.positions, args.hidden, **options).requires_grad_()
@@ -67,7 +70,9 @@ def main() -> None:
     }
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         # Its own choice of chunk (chunking_method "auto") is a few rows here and ten times slower on a CPU.
-        chunking = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=chunk_size(args.vocab))
+        chunking = torch.nn.LinearCrossEntropyOptions(
+            chunking_method=None, batch_chunk_size=chunk_size(args.vocab, args.device)
+        )
         cases["torch linear_cross_entropy, our chunk"] = lambda: step(
             lambda: F.linear_cross_entropy(hidden, weight, labels, options=chunking)
         )

@@ -14,7 +14,7 @@ import torch
 
 from rayfuse.errors import LossError
 from rayfuse.losses.head import (
-    CHUNK_BYTES,
+    SLICE_BYTES,
     Head,
     add_products,
     check_inputs,
@@ -22,6 +22,7 @@ from rayfuse.losses.head import (
     chunks,
     exp_in_place,
     label_logits,
+    slices,
     to_inner_logits,
     valid_rows,
 )
@@ -69,11 +70,10 @@ def fused_head(
     Time: 3 N V H multiply-adds for values and gradients (N V H where no gradient is asked for, 4 N V H with
     `lse_gradient`), 2 N (k + M) H more for the gradient of top-K and picks. Memory beyond inputs and outputs:
     `chunk * V * 4` bytes of logits (times 2 with softcap, plus `chunk * V * 2` below float32), `V * H * 4` for the
-    weight's gradient and `N * H * 4` for the hidden states' (below float32, `V * H * 2` more while a chunk's weight
-    gradient is added), and 64 MiB for gathered rows.
-    `chunk` defaults to as many positions as make 64 MiB of logits. Gradients are summed in float32 (float64 for float64
-    input) and cast once. On a CPU the same input gives the same bits; on CUDA the scattered sum of the top-K's weight
-    gradient is ordered only under torch.use_deterministic_algorithms.
+    weight's gradient and `N * H * 4` for the hidden states', and 64 MiB for gathered rows or a slice of products.
+    `chunk` defaults to as many positions as make 64 MiB of logits, on CUDA 256. Gradients are summed in float32
+    (float64 for float64 input) and cast once. On a CPU the same input gives the same bits; on CUDA the scattered sum
+    of the top-K's weight gradient is ordered only under torch.use_deterministic_algorithms.
 
     Backward may run once: it works in the buffers that forward filled. Raises LossError when it runs again, and on
     shapes or dtypes that do not fit, labels outside the vocabulary, k < 1 or k > V.
@@ -130,7 +130,7 @@ class _FusedHead(torch.autograd.Function):
         now = [want and not lse_gradient for want in wants]
         grads = _zeros((hidden, weight, bias), now, wide)
 
-        for rows in chunks(N, len(weight_VH), chunk):
+        for rows in chunks(hidden, len(weight_VH), chunk):
             logits_CV = chunk_logits(hidden[rows], weight_VH, bias_V, head)
             topk[rows], ids[rows] = block_topk(logits_CV, k)
             picked[rows] = logits_CV.gather(1, picks[rows])
@@ -208,7 +208,7 @@ def _softmax_gradient(ctx: Any, share: torch.Tensor, grad_lse: torch.Tensor | No
     grads = _zeros((hidden, weight, bias), ctx.wants, topk.dtype)
     of_label_N1 = (share * (labels != ctx.ignore_index))[:, None].to(topk.dtype)
     of_lse_N1 = of_label_N1 if grad_lse is None else of_label_N1 + grad_lse[:, None]
-    for rows in chunks(len(hidden), len(weight_VH), ctx.chunk):
+    for rows in chunks(hidden, len(weight_VH), ctx.chunk):
         grad_CV = chunk_logits(hidden[rows], weight_VH, bias_V, ctx.head)
         squares_CV = grad_CV.square() if ctx.head.softcap is not None else None
         _, sums_C1 = exp_in_place(grad_CV, topk[rows, :1])
@@ -234,8 +234,8 @@ def _add_gathered_gradient(
     to_inner_logits(inner_Nk, values.square(), head)
     if grad_bias is not None:
         grad_bias.index_add_(0, ids.flatten(), inner_Nk.flatten())
-    rows_at_once = max(1, CHUNK_BYTES // (4 * k * hidden.shape[1]))
-    for rows in chunks(N, 1, rows_at_once):
+    rows_at_once = max(1, SLICE_BYTES // (4 * k * hidden.shape[1]))
+    for rows in slices(N, rows_at_once):
         inner_Ck = inner_Nk[rows]
         if grad_hidden is not None:
             grad_hidden[rows] += torch.bmm(inner_Ck[:, None], weight[ids[rows]].to(inner_Ck.dtype))[:, 0]

@@ -63,7 +63,7 @@ class _TokenLogps(torch.autograd.Function):
     ) -> torch.Tensor:
         weight_VH, bias_V = valid_rows(weight, bias, head)
         logps_N = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for rows in chunks(len(hidden), len(weight_VH), chunk):
+        for rows in chunks(hidden, len(weight_VH), chunk):
             logits_CV = chunk_logits(hidden[rows], weight_VH, bias_V, head)
             label_C, ignored_C = label_logits(logits_CV, labels[rows], ignore_index)
             lse_C, _ = exp_in_place(logits_CV, logits_CV.amax(dim=-1, keepdim=True))
@@ -81,7 +81,7 @@ class _TokenLogps(torch.autograd.Function):
             torch.zeros_like(x, dtype=grad_N.dtype) if want and x is not None else None
             for x, want in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
-        for rows in chunks(len(hidden), len(weight_VH), ctx.chunk):
+        for rows in chunks(hidden, len(weight_VH), ctx.chunk):
             grad_CV = chunk_logits(hidden[rows], weight_VH, bias_V, ctx.head)
             squares_CV = grad_CV.square() if ctx.head.softcap is not None else None
             ignored_C1 = (labels[rows] == ctx.ignore_index)[:, None]

@@ -38,7 +38,8 @@ def teacher_topk(
 
     hidden: [N, H]; weight: [V, H]; next_ids: [N], `ignore_index` where there is no next token. The twin of fused_head
     without gradients: same chunks, same bits. Time O(N V H); memory beyond the inputs and the answer is one chunk's
-    logits, `chunk * V * 4` bytes (one and a half times that in bfloat16), at most 64 MiB for the float32 part.
+    logits, `chunk * V * 4` bytes (one and a half times that in bfloat16), the float32 part at most 64 MiB
+    (on CUDA 256).
 
     Raises LossError on shapes or dtypes that do not fit, ids outside the vocabulary, k < 1 or k > V.
     """
@@ -51,7 +52,7 @@ def teacher_topk(
     lse = hidden.new_empty(len(hidden), dtype=accurate)
     next_logps = hidden.new_empty(len(hidden), dtype=accurate)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        for rows in chunks(len(hidden), len(weight_VH), chunk):
+        for rows in chunks(hidden, len(weight_VH), chunk):
             logits_CV = chunk_logits(hidden[rows], weight_VH, bias_V, head)
             values_Ck, ids[rows] = block_topk(logits_CV, k)
             next_C, ignored_C = label_logits(logits_CV, next_ids[rows], ignore_index)

@@ -251,16 +251,19 @@ def test_block_topk_equals_torch_topk(V):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the elements of the largest tensor that any operation returns, and of those that own new memory."""
+    """Records the elements of all tensors (of a dtype) that operations return, of those that own new memory."""
 
-    def __init__(self, known):
+    def __init__(self, known, dtype=None):
         super().__init__()
+        self.dtype = dtype
         self.known, self.sizes = {x.untyped_storage().data_ptr() for x in known}, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in self.known:
+            if not isinstance(leaf, torch.Tensor) or self.dtype not in (None, leaf.dtype):
+                continue
+            if leaf.untyped_storage().data_ptr() not in self.known:
                 self.sizes.add(leaf.untyped_storage().nbytes() // leaf.element_size())
         return result
 
@@ -287,10 +290,24 @@ def test_evaluation_makes_no_gradient_buffer():
     assert not out.loss_ce.requires_grad
 
 
-def test_default_chunk_is_64_mib_of_logits():
-    assert chunk_size(100_352) == 167
+@pytest.mark.parametrize(("device", "mib", "rows"), [("cpu", 64, 167), ("cuda", 256, 668), ("xpu", 64, 167)])
+def test_default_chunk_is_so_many_mib_of_logits(device, mib, rows):
+    assert chunk_size(100_352, device) == rows
     for V in (1000, 32_000, 151_936, 262_144):
-        assert chunk_size(V) * V * 4 <= 64 * 2**20 < (chunk_size(V) + 1) * V * 4
+        size = chunk_size(V, device)
+        assert size * V * 4 <= mib * 2**20 < (size + 1) * V * 4
+
+
+def test_a_weight_gradient_in_bfloat16_is_added_in_small_slices(monkeypatch):
+    H, V, chunk = 32, 2003, 4
+    hidden, weight, _, labels = head_inputs(torch.bfloat16, N=16, H=H, V=V)
+    (whole,) = torch.autograd.grad(fused_head(hidden, weight, labels, 10, chunk=chunk).loss_ce, weight)
+    monkeypatch.setattr("rayfuse.losses.head.SLICE_BYTES", 300 * H * 4)
+    with LargestTensor((hidden, weight), torch.bfloat16) as seen:
+        out = fused_head(hidden, weight, labels, 10, chunk=chunk)
+    out.loss_ce.backward()
+    assert max(seen.sizes) <= max(chunk * V, 300 * H) < V * H
+    torch.testing.assert_close(weight.grad, whole, rtol=0.01, atol=0.0)
 
 
 @pytest.mark.parametrize(
