@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = {
+    "align": ([], [r"tokens, +\d+ pairs: align .* TRL's walk .* times; byte_ends"]),
+    "head": ([], [r"^plain chunked cross-entropy .* x best chunked CE", r"^fused head, CE \+ ULD \+ GLD .* x best"]),
     "signals": (
         [],
         [
