@@ -21,6 +21,9 @@ from rayfuse.errors import ConfigError, TeacherError
 from rayfuse.models import fingerprint
 from rayfuse.teachers import deployment, scaling
 
+SHORT_PATIENCE_S = 5.0
+"""How long `status` and `down` wait for an endpoint that does not answer."""
+
 
 def manage(config: Config, action: str, arguments: Sequence[str], console: Console) -> None:
     """Do one of ACTIONS.
@@ -33,7 +36,7 @@ def manage(config: Config, action: str, arguments: Sequence[str], console: Conso
 
     Raises:
         ConfigError: no such action, no cluster to keep teachers on, or arguments that do not fit.
-        TeacherError: a teacher cannot start, or is not up.
+        TeacherError: a teacher cannot start, or is not up; an endpoint is away (`status` and `down` leave it out).
     """
     if action not in ACTIONS:
         raise ConfigError(f"there is no action {action!r}; there are: {', '.join(ACTIONS)}")
@@ -49,8 +52,22 @@ def manage(config: Config, action: str, arguments: Sequence[str], console: Conso
             "(ray start --head) and set RAY_ADDRESS or cluster.address"
         )
     deployment.start_serve()
-    teachers = [(teacher, fingerprint(teacher, config.signals.k)) for teacher in wanted]
+    teachers = _identified(wanted, config.signals.k, action in ("status", "down"), console)
     ACTIONS[action](config, teachers, arguments, console)
+
+
+def _identified(wanted: Sequence[Teacher], k: int, without_absent: bool, console: Console) -> list[tuple[Teacher, str]]:
+    """(teacher, fingerprint); `without_absent`: an endpoint that is away is named and left out."""
+    teachers = []
+    for teacher in wanted:
+        asked = teacher.model_copy(update={"patience_s": SHORT_PATIENCE_S}) if without_absent else teacher
+        try:
+            teachers.append((teacher, fingerprint(asked, k)))
+        except TeacherError as error:
+            if not without_absent:
+                raise
+            console.print(f"{teacher.name} is left out: {error}", highlight=False)
+    return teachers
 
 
 def _up(config: Config, teachers: list[tuple[Teacher, str]], _: Sequence[str], console: Console) -> None:
@@ -68,7 +85,7 @@ def _down(config: Config, teachers: list[tuple[Teacher, str]], _: Sequence[str],
         who = "; ".join(f"{name}: {len(runs)} (job {', '.join(runs)})" for name, runs in used.items())
         raise TeacherError(f"runs are using these teachers, end them first: {who}")
     deployment.delete(teachers)
-    console.print(f"removed {', '.join(teacher.name for teacher, _ in teachers)}")
+    console.print(f"removed {', '.join(teacher.name for teacher, _ in teachers) or 'nothing'}")
 
 
 def _named(teachers: Sequence[Teacher], arguments: Sequence[str]) -> Teacher:
