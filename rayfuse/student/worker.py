@@ -162,22 +162,21 @@ def train(job: StageJob, rank: int, world: int) -> None:
     device = torch.device("cuda" if config.student.gpus else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(config.student.cpus)))
+    checkpoint = latest_checkpoint(job.folder, job.identity)
+    done = checkpoint.step if checkpoint is not None else 0
+    order = unit_order(job.units, job.steps * job.units_per_step, config.seed)
+    stream = UnitStream(job, order[done * job.units_per_step :][rank::world])  # teachers answer while weights load
     torch.manual_seed(config.seed + rank)  # dropout must differ between workers
     engine = ENGINES[config.student.engine](config.student, job.start, stage, device)
-    done = 0
-    checkpoint = latest_checkpoint(job.folder, job.identity)
     if checkpoint is not None:
         engine.load_state({"weights": checkpoint.load("weights"), "optimizer": checkpoint.load("optimizer")})
         restore_random_state(checkpoint, rank)
-        done = checkpoint.step
     found = engine.sum_over_workers(np.array([done, done**2], dtype=np.float64))
     if found[0] != world * done or found[1] != world * done**2:
         raise StudentError(
             f"worker {rank} goes on from step {done}, others from another: is {config.output} one file system for all?"
         )
 
-    order = unit_order(job.units, job.steps * job.units_per_step, config.seed)
-    stream = UnitStream(job, order[done * job.units_per_step :][rank::world])
     metrics = Path(config.output) / "metrics.jsonl"
     dropped = sum(_dropped(record) for record in read_metrics(metrics) if _before(job, record, done))
     writer = MetricsWriter(metrics) if rank == 0 else None
