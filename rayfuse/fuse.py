@@ -66,6 +66,9 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
     timed = Stopwatch(Path(config.output) / "times.json")
     with timed("start Ray"):
         embedded = resources.connect(config)
+    short = resources.shortage(config)
+    if short:
+        console.print(f"this run asks for {short}: it waits where it has no room, until nodes join or others end")
     with timed("read data"):
         sources = {sides: load_source(config, sides, console) for sides in _needed(config)}
     with timed("identify teachers"):

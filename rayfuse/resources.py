@@ -20,6 +20,10 @@ ENVIRONMENT = {
     # After a node loss the old reservation never comes back: do not wait a minute for it.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray starts a process per CPU in advance, outside of any runtime environment: none of ours could use them.
+    "RAY_prestart_worker_first_driver": "0",
+    # The group's restarts are ours (student/group.py); nobody listens to this watcher's warnings.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Tokenizers, teachers and the student start at the same time, each in its process: that is no leak to warn of.
     "RAY_worker_maximum_startup_concurrency": "64",
     # Tasks come in waves, and a process takes seconds of processor time to start: keep it for the next wave.
@@ -104,6 +108,25 @@ def _prefer_cpus(config: Config) -> float:
 
 def _student_cpus(student: Student) -> float:
     return student.workers * (student.cpus + student.prefetch * PREPARE_CPUS)
+
+
+def shortage(config: Config) -> str:
+    """What the cluster has too little of for the student and one copy of each teacher; empty where they fit.
+
+    With serving.mode first, teachers and student follow each other. Room on single nodes is not looked at.
+    """
+    there, student = ray.cluster_resources(), config.student
+    asked = any(stage.uses_teachers for stage in config.stages)
+    live = [teacher for teacher in config.teachers if asked and teacher.stored is None]
+    first = config.serving.mode == "first"
+    of_students = {"cpus": _student_cpus(student), "gpus": student.workers * student.gpus}
+    short = []
+    for name, key in (("CPU", "cpus"), ("GPU", "gpus")):
+        of_teachers = [getattr(teacher, key) * (1 if first else max(1, teacher.replicas.min)) for teacher in live]
+        needed = max([of_students[key], *of_teachers]) if first else of_students[key] + sum(of_teachers)
+        if needed > there.get(name, 0.0):
+            short.append(f"{needed:g} {name}s where the cluster has {there.get(name, 0.0):g}")
+    return " and ".join(short)
 
 
 def students_at_once(config: Config) -> int:
