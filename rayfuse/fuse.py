@@ -168,13 +168,13 @@ class Source:
 
     Attributes:
         blocks: references to lists of at most BLOCK units.
-        units: how many units there are.
+        sizes: student tokens of each unit.
         content: hash of all units, in order.
         counts: what became of the rows.
     """
 
     blocks: Sequence[Any]
-    units: int
+    sizes: Sequence[int]
     content: str
     counts: DataCounts
 
@@ -188,15 +188,16 @@ def load_source(config: Config, sides: tuple[str, ...], console: Console) -> Sou
     """Read `data` or `preferences`, and say what became of the rows."""
     units, counts = load_units(config, sides)
     console.print(
-        f"{counts.rows:,} rows, {counts.samples:,} {KINDS[len(sides)][1]} in {len(units):,} units"
+        f"{counts.rows:,} rows, {counts.samples:,} {KINDS[len(sides)][1]} in {len(units.sizes):,} units"
         + (f"; {counts.bad_rows} malformed rows skipped" if counts.bad_rows else "")
         + (f"; {counts.too_long} too long, dropped" if counts.too_long else "")
         + (f"; {counts.unreadable} unreadable for a model, dropped" if counts.unreadable else "")
         + (f"; {counts.cut} prompts cut" if counts.cut else "")
     )
-    content = hashlib.sha256(json.dumps([[sample.key for sample in unit] for unit in units]).encode()).hexdigest()
-    blocks = [ray.put(units[start : start + BLOCK]) for start in range(0, len(units), BLOCK)]
-    return Source(blocks, len(units), content, counts)
+    keys = [[sample.key for sample in unit] for unit in units.samples]
+    content = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
+    blocks = [ray.put(units.samples[start : start + BLOCK]) for start in range(0, len(keys), BLOCK)]
+    return Source(blocks, units.sizes, content, counts)
 
 
 def _fingerprints(config: Config) -> dict[str, str]:
@@ -256,7 +257,7 @@ def _stage_job(
         identity=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         spec=spec,
         blocks=source.blocks,
-        units=source.units,
+        sizes=source.sizes,
     )
 
 

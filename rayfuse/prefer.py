@@ -129,7 +129,7 @@ def _read(config: Config, settings: Prefer, data: Data) -> tuple[list[list[Promp
         "prompts too long": counts.too_long,
         "prompts a model cannot read": counts.unreadable,
     }
-    return [[by_key[sample.key] for sample in unit] for unit in units], counts, dropped
+    return [[by_key[sample.key] for sample in unit] for unit in units.samples], counts, dropped
 
 
 def _sources(config: Config, settings: Prefer) -> list[Source]:

@@ -27,7 +27,19 @@ MEASURE_CHUNK = 2000
 """Samples measured by one task."""
 
 
-def load_units(config: Config, sides: Sequence[str] = ()) -> tuple[list[list[Sample]], DataCounts]:
+class Units(NamedTuple):
+    """A data set cut into units.
+
+    Attributes:
+        samples: those of each unit.
+        sizes: student tokens of each unit, padding included: what a micro-step costs.
+    """
+
+    samples: list[list[Sample]]
+    sizes: list[int]
+
+
+def load_units(config: Config, sides: Sequence[str] = ()) -> tuple[Units, DataCounts]:
     """Read the data, let every model read every sample (in parallel tasks), and form the units of what is left.
 
     Args:
@@ -48,7 +60,7 @@ def load_units(config: Config, sides: Sequence[str] = ()) -> tuple[list[list[Sam
 
 def form_units(
     config: Config, data: Data, groups: Sequence[tuple[Sample, ...]], counts: DataCounts
-) -> tuple[list[list[Sample]], DataCounts]:
+) -> tuple[Units, DataCounts]:
     """Units of the groups that every model can read: `unit_size` groups each, which are never parted.
 
     Args:
@@ -90,7 +102,9 @@ def form_units(
     keys = ["".join(sample.key for sample in groups[index]) for index in kept]
     lengths = [min(max(size.total for size in sizes[index]), limit) for index in kept]
     units = make_units(keys, lengths, data.unit_size)
-    return [[sample for index in unit for sample in groups[kept[index]]] for unit in units], counts
+    samples = [[sample for index in unit for sample in groups[kept[index]]] for unit in units]
+    longest = [max(lengths[index] for index in unit) for unit in units]
+    return Units(samples, [len(of) * length for of, length in zip(samples, longest, strict=True)]), counts
 
 
 def _short(sample: Sample) -> str:
@@ -174,3 +188,23 @@ def unit_order(units: int, total: int, seed: int) -> list[int]:
         random.Random(f"{seed}/{epoch}").shuffle(shuffled)
         order += shuffled
     return order[:total]
+
+
+def share_out(units: Sequence[int], sizes: Sequence[int], workers: int) -> list[list[int]]:
+    """The units of one step for each worker: equally many, and as equal in size as a greedy rule makes them.
+
+    The largest unit first, each to the worker with the least so far that has room. The workers meet at the end of every
+    step, so the one with the most to do is waited for. A worker keeps its units in the order of `units`.
+
+    Args:
+        units: of the step; `workers` divides their number.
+        sizes: by unit.
+    """
+    room = len(units) // workers
+    shares: list[list[int]] = [[] for _ in range(workers)]
+    load = [0] * workers
+    for place in sorted(range(len(units)), key=lambda place: -sizes[units[place]]):
+        least = min((worker for worker in range(workers) if len(shares[worker]) < room), key=load.__getitem__)
+        shares[least].append(place)
+        load[least] += sizes[units[place]]
+    return [[units[place] for place in sorted(share)] for share in shares]

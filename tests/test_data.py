@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import random
 from collections import Counter
 
 import datasets
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from rayfuse.config import Data
 from rayfuse.data import PAIR, Sample, compared_of_row, read_preferences, read_samples, samples_of_row
 from rayfuse.errors import DataError
-from rayfuse.units import LENGTH_WINDOW, make_units, unit_order
+from rayfuse.units import LENGTH_WINDOW, make_units, share_out, unit_order
 
 CHAT = [
     {"role": "system", "content": "Be short."},
@@ -326,6 +328,33 @@ def test_the_order_depends_on_seed_and_epoch():
     assert len(orders) == 20
     both = unit_order(50, 100, 0)
     assert both[:50] != both[50:]
+
+
+@given(st.integers(1, 6), st.integers(1, 8), st.data())
+def test_a_step_is_shared_out_in_equal_numbers_and_in_order(room, workers, data):
+    count = room * workers
+    units = data.draw(st.lists(st.integers(0, 99), min_size=count, max_size=count, unique=True))
+    sizes = data.draw(st.lists(st.integers(1, 1000), min_size=100, max_size=100))
+    shares = share_out(units, sizes, workers)
+    assert [len(share) for share in shares] == [room] * workers
+    assert sorted(unit for share in shares for unit in share) == sorted(units)
+    assert all([unit for unit in units if unit in share] == share for share in shares), "in the order given"
+    assert share_out(units, sizes, 1) == [units]
+
+
+def test_a_step_shared_out_by_size_waits_less_than_one_dealt_in_turn():
+    draw = random.Random(0)
+    lost = {"in turn": 0.0, "by size": 0.0}
+    for _ in range(200):
+        sizes = [round(1000 * math.exp(draw.gauss(0, 0.3))) for _ in range(16)]
+        for name, shares in (
+            ("in turn", [range(16)[rank::4] for rank in range(4)]),
+            ("by size", share_out(range(16), sizes, 4)),
+        ):
+            loads = [sum(sizes[unit] for unit in share) for share in shares]
+            lost[name] += (1 - sum(loads) / (4 * max(loads))) / 200
+    assert lost["in turn"] > 0.12
+    assert lost["by size"] < 0.03
 
 
 # --- preferences ------------------------------

@@ -17,6 +17,8 @@ import random
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from rayfuse.units import share_out
+
 
 class LanguageModel(NamedTuple):
     """Sizes of a model, from its published configuration."""
@@ -142,8 +144,13 @@ def bytes_per_token(inputs: Inputs) -> int:
 # --- the simulation ------------------------------
 
 
-def simulate(inputs: Inputs, nodes: int, ranks: int, replicas: tuple[int, ...], *, warm: bool = False) -> Result:
-    """One epoch on `ranks` student GPUs and `replicas` of each teacher; `warm`: the store holds every answer."""
+def simulate(
+    inputs: Inputs, nodes: int, ranks: int, replicas: tuple[int, ...], *, warm: bool = False, by_size: bool = True
+) -> Result:
+    """One epoch on `ranks` student GPUs and `replicas` of each teacher.
+
+    `warm`: the store holds every answer. `by_size`: units are shared out by size, as rayfuse does; else in turn.
+    """
     draw = random.Random(0)
     per_step = inputs.batch // inputs.unit
     assert per_step % ranks == 0, f"{ranks} ranks cannot share {per_step} units"
@@ -175,7 +182,9 @@ def simulate(inputs: Inputs, nodes: int, ranks: int, replicas: tuple[int, ...], 
     mine = per_step // ranks
     total = [0] * ranks
     pending: list[list[int]] = [[] for _ in range(ranks)]
-    order = [[step * per_step + rank * mine + i for step in range(steps) for i in range(mine)] for rank in range(ranks)]
+    sizes = [round(t) if by_size else 1 for t in tokens]
+    of_steps = [share_out(range(step * per_step, (step + 1) * per_step), sizes, ranks) for step in range(steps)]
+    order = [[unit for shares in of_steps for unit in shares[rank]] for rank in range(ranks)]
     clock = [0.0] * ranks
     work_s = wait_s = barrier_s = 0.0
     sync = sync_seconds(inputs, nodes)
@@ -312,16 +321,23 @@ def page(inputs: Inputs, nodes_list: tuple[int, ...]) -> None:
         "\nthan units in a step), then the barrier (units of unequal length), long before CPUs, network or store.\n"
     )
     print("## Unequal lengths at the barrier\n")
+    print(
+        "The workers meet at the end of each step. Its units are shared out so that every worker has about as many "
+        "tokens\n(`units.share_out`); with one unit per worker there is nothing to choose.\n"
+    )
     rows = []
     for nodes in nodes_list:
         for spread in (0.0, 0.3, 0.6):
             here = replace(at_scale(inputs, nodes), spread=spread)
             ranks, replicas = split(here, 8 * nodes)
-            result = simulate(here, nodes, ranks, replicas)
-            loss = f"{100 * result.barrier:.1f} %"
             units = here.batch // here.unit // ranks
-            rows.append([str(nodes), f"{spread:.1f}", str(units), f"{result.hours:.2f}", loss])
-    table(["nodes", "sigma of unit lengths", "units per rank and step", "hours, cold", "lost at the barrier"], rows)
+            row = [str(nodes), f"{spread:.1f}", str(units)]
+            for by_size in (False, True):
+                result = simulate(here, nodes, ranks, replicas, by_size=by_size)
+                row += [f"{result.hours:.2f}", f"{100 * result.barrier:.1f} %"]
+            rows.append(row)
+    head = ["nodes", "sigma of unit lengths", "units per rank and step", "hours, dealt in turn", "lost at the barrier"]
+    table([*head, "hours, shared out by size", "lost at the barrier"], rows)
     growth(inputs)
     print("\n## Inputs\n")
     sft = inputs.samples / inputs.unit * student_seconds(replace(inputs, teachers=()), inputs.unit * inputs.length)

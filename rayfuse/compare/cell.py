@@ -183,15 +183,15 @@ def _source(config: Config, sides: tuple[str, ...]) -> Source:
     """A data set cut into units: read once, then kept beside the data, whatever method learns from it."""
     data = config.preferences if sides else config.data
     assert data is not None
-    kept = Path(data.path).with_suffix(".triples.units" if len(sides) > 2 else ".units")
+    kept = Path(data.path).with_suffix(".triples.cut" if len(sides) > 2 else ".cut")
     if not kept.exists():
         source = load_source(config, sides, Console(quiet=True))
         units = [unit for block in ray.get(list(source.blocks)) for unit in block]
         beside = kept.with_name(f".{kept.name}.{os.getpid()}")
-        beside.write_bytes(pickle.dumps((units, source.content, source.counts)))
+        beside.write_bytes(pickle.dumps((units, source.sizes, source.content, source.counts)))
         beside.replace(kept)
-    units, content, counts = pickle.loads(kept.read_bytes())
-    return Source([ray.put(units[i : i + BLOCK]) for i in range(0, len(units), BLOCK)], len(units), content, counts)
+    units, sizes, content, counts = pickle.loads(kept.read_bytes())
+    return Source([ray.put(units[i : i + BLOCK]) for i in range(0, len(units), BLOCK)], sizes, content, counts)
 
 
 def _teacher_use(config: Config) -> dict[str, float]:

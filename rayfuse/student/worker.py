@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +29,7 @@ from rayfuse.prepare import INITIAL, PrepareSpec, prepare_unit
 from rayfuse.stages import METHODS, ranks
 from rayfuse.student.checkpoint import latest_checkpoint, restore_random_state, save_checkpoint
 from rayfuse.student.engine import ENGINES, TorchEngine
-from rayfuse.units import unit_order
+from rayfuse.units import share_out, unit_order
 
 BLOCK = 64
 """Units that travel as one object."""
@@ -46,7 +46,7 @@ class StageJob:
         identity: hash of everything the result depends on.
         spec: what the prepare tasks are asked for.
         blocks: object references, each to a list of at most BLOCK units.
-        units: how many units there are in all.
+        sizes: student tokens of each unit, of all there are.
         part: name of this student among those of a pairwise stage; empty where the stage has one student.
     """
 
@@ -56,7 +56,7 @@ class StageJob:
     identity: str
     spec: PrepareSpec
     blocks: Sequence[Any]
-    units: int
+    sizes: Sequence[int]
     part: str = ""
 
     @property
@@ -81,6 +81,11 @@ class StageJob:
         return str(self.folder.relative_to(Path(self.config.output) / "stages"))
 
     @property
+    def units(self) -> int:
+        """How many units there are in all."""
+        return len(self.sizes)
+
+    @property
     def units_per_step(self) -> int:
         """Micro-steps of one optimiser step, over all workers."""
         return self.stage.batch_size // self.data.unit_size
@@ -100,7 +105,7 @@ class UnitStream:
         waited: seconds spent waiting for a batch, since it was last read.
     """
 
-    def __init__(self, job: StageJob, units: Sequence[int]) -> None:
+    def __init__(self, job: StageJob, units: Iterable[int]) -> None:
         self.job = job
         self.todo = iter(units)
         self.task = prepare_unit.options(**resources.prepare_task())
@@ -164,8 +169,7 @@ def train(job: StageJob, rank: int, world: int) -> None:
         torch.set_num_threads(max(1, int(config.student.cpus)))
     checkpoint = latest_checkpoint(job.folder, job.identity)
     done = checkpoint.step if checkpoint is not None else 0
-    order = unit_order(job.units, job.steps * job.units_per_step, config.seed)
-    stream = UnitStream(job, order[done * job.units_per_step :][rank::world])  # teachers answer while weights load
+    stream = UnitStream(job, _units_of(job, rank, world, done))  # the teachers answer while the weights load
     torch.manual_seed(config.seed + rank)  # dropout must differ between workers
     engine = ENGINES[config.student.engine](config.student, job.start, stage, device)
     if checkpoint is not None:
@@ -200,6 +204,14 @@ def train(job: StageJob, rank: int, world: int) -> None:
     if rank == 0:
         write_model(engine, job.folder)
     engine.barrier()
+
+
+def _units_of(job: StageJob, rank: int, world: int, done: int) -> Iterator[int]:
+    """The units of a worker after `done` steps, in order."""
+    count = job.units_per_step
+    order = unit_order(job.units, job.steps * count, job.config.seed)
+    for start in range(done * count, len(order), count):
+        yield from share_out(order[start : start + count], job.sizes, world)[rank]
 
 
 def _step(job: StageJob, engine: TorchEngine, batches: list[FusionBatch], rate: float) -> dict[str, float]:
