@@ -27,8 +27,8 @@ quickstart: $(VENV)/.core  ## train three small experts, fuse them into a fourth
 test: $(VENV)/.dev lint  ## lint, types and the default tests
 	$(BIN)/python -m pytest -q
 
-slow: $(VENV)/.dev  ## the tests that take minutes, and those that kill processes (without those of benchmarks)
-	$(BIN)/python -m pytest -q -m "slow or chaos" --ignore tests/bench
+slow: $(VENV)/.dev  ## the tests that take minutes, those that kill processes, and every benchmark with tiny sizes
+	$(BIN)/python -m pytest -q -m "slow or chaos"
 
 # The packages that vLLM brings for pictures and sound do not fit a torch without CUDA.
 .venv-vllm/.ready: $(VENV)/.dev

@@ -40,12 +40,16 @@ def wait_share(spec: PrepareSpec, units: list[Any], prefetch: int, step: float, 
     job: Any = SimpleNamespace(config=SimpleNamespace(student=SimpleNamespace(prefetch=prefetch)), spec=spec)
     job.blocks = blocks
     source = UnitStream(job, range(len(units)))
-    source.take(2 * prefetch)  # starts the processes of prepare tasks
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            source.take(1)
+            time.sleep(step)
+
+    run(2 * prefetch)  # the processes of prepare tasks start, and the units in flight spread over the replicas
     source.waited = 0.0
     begun = time.perf_counter()
-    for _ in range(steps):
-        source.take(1)
-        time.sleep(step)
+    run(steps)
     share = source.waited / (time.perf_counter() - begun)
     source.take(len(units) - 2 * prefetch - steps)
     return share
