@@ -3,12 +3,14 @@
 The CPU's cases run by default; those of a GPU with `-m gpu`. Each is compared with float64 or float32 on the CPU.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from rayfuse.config import STAGES, Data, Student, Teacher
 from rayfuse.data import read_samples
+from rayfuse.device import on_device
 from rayfuse.losses import fused_head, gauge, gld_distance, gld_features, teacher_topk, token_logps, uld_loss
 from rayfuse.prepare import Preparer, PrepareSpec
 from rayfuse.stages import METHODS
@@ -20,6 +22,19 @@ on_every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda",
 in_both_precisions = pytest.mark.parametrize(
     ("dtype", "rtol"), [("float32", 1e-5), ("bfloat16", 0.02)], ids=["float32", "bfloat16"]
 )
+
+
+@on_every_device
+@pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.float16, np.float32, bool])
+def test_arrays(device, dtype):
+    array = (np.arange(12).reshape(3, 4) % 5).astype(dtype)
+    tensor = on_device(array, torch.device(device))
+    assert tensor.device.type == device
+    assert tensor.cpu().numpy().dtype == dtype
+    np.testing.assert_array_equal(tensor.cpu().numpy(), array)
+    shared = device == "cpu"
+    array[0, 0] = 1
+    assert bool(tensor[0, 0].cpu() == array[0, 0]) is shared
 
 
 @on_every_device

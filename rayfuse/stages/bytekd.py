@@ -19,6 +19,7 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import ByteKD, FuseChat, FuseLLM
+from rayfuse.device import on_device
 from rayfuse.losses import HeadOutput
 from rayfuse.stages.sft import sft_loss
 
@@ -37,7 +38,7 @@ def mixed_target_loss(
     assert head.picked is not None
     assert batch.mass is not None
     sft, parts = sft_loss(stage, head, batch, totals)
-    q_NM = torch.from_numpy(batch.mass).to(head.picked.device)
+    q_NM = on_device(batch.mass, head.picked.device)
     gap = (head.picked[:, 0] - (q_NM * head.picked).sum(1)).sum() / totals.tokens
     parts["loss_kl"] = (sft + gap).detach() + torch.xlogy(q_NM, q_NM).sum() / totals.tokens
     parts["label_mass"] = q_NM[:, 0].sum() / totals.tokens

@@ -11,6 +11,7 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Distillation
+from rayfuse.device import on_device
 from rayfuse.losses import HeadOutput
 from rayfuse.stages.infifusion import over_teachers
 from rayfuse.stages.sft import sft_loss
@@ -45,7 +46,7 @@ def kept_ranks(head: HeadOutput, batch: FusionBatch, s: int) -> tuple[torch.Tens
     """Both sides' own top k [P, k], sorted descending, at the P positions where teacher s meets the student: the
     student's logits, differentiable, and the teacher's log-probabilities."""
     target, device = batch.targets[s], head.topk.device
-    return head.topk[torch.from_numpy(target.rows).to(device)], torch.from_numpy(target.logps).to(device).float()
+    return head.topk[on_device(target.rows, device)], on_device(target.logps, device).float()
 
 
 def kept_tokens(head: HeadOutput, batch: FusionBatch, s: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -59,6 +60,6 @@ def kept_tokens(head: HeadOutput, batch: FusionBatch, s: int) -> tuple[torch.Ten
     assert head.picked is not None
     assert target.ids is not None
     device, k = head.picked.device, target.logps.shape[1]
-    rows_P = torch.from_numpy(target.rows).to(device)
+    rows_P = on_device(target.rows, device)
     student_Pk = head.picked[rows_P, s * k : (s + 1) * k]
-    return student_Pk, torch.from_numpy(target.logps).to(device).float(), torch.from_numpy(target.ids).to(device) >= 0
+    return student_Pk, on_device(target.logps, device).float(), on_device(target.ids, device) >= 0

@@ -16,6 +16,7 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch, TeacherTarget
 from rayfuse.config import DPO, FusedPreference, InfiFPO, Preference
+from rayfuse.device import on_device
 from rayfuse.losses import fpo_loss, fuse_pairs
 
 Sides = dict[str, torch.Tensor]
@@ -61,7 +62,7 @@ def _answered(stage: FusedPreference, batch: FusionBatch, device: torch.device) 
     sides = len(stage.sides)
     pairs = len(batch.input_ids) // sides
     of_teachers = [np.ones(pairs, bool) if t.answered is None else t.answered[0::sides] for t in batch.targets[:-1]]
-    return torch.from_numpy(np.stack(of_teachers)).to(device)
+    return on_device(np.stack(of_teachers), device)
 
 
 def preference_loss(
@@ -94,7 +95,7 @@ def mean_over_prompts(
 
 def of_policy(stage: Preference, logps_N: torch.Tensor, batch: FusionBatch) -> Sides:
     """The student's own log-probability of each response, by side; differentiable."""
-    sample_N = torch.from_numpy(batch.sample).to(logps_N.device)
+    sample_N = on_device(batch.sample, logps_N.device)
     logps_B = logps_N.new_zeros(len(batch.input_ids)).index_add(0, sample_N, logps_N)
     return _sides(stage, logps_B, torch.bincount(sample_N, minlength=len(logps_B)))
 
@@ -103,9 +104,7 @@ def of_model(stage: Preference, target: TeacherTarget, device: torch.device) -> 
     """Another model's log-probability of each response, by side."""
     assert target.response_logps is not None
     assert target.response_tokens is not None
-    return _sides(
-        stage, torch.from_numpy(target.response_logps).to(device), torch.from_numpy(target.response_tokens).to(device)
-    )
+    return _sides(stage, on_device(target.response_logps, device), on_device(target.response_tokens, device))
 
 
 def _sides(stage: Preference, logps_B: torch.Tensor, tokens_B: torch.Tensor) -> Sides:

@@ -19,6 +19,7 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch, TeacherTarget
 from rayfuse.config import Distillation, RankDistillation
+from rayfuse.device import on_device
 from rayfuse.losses import HeadOutput, uld_loss
 from rayfuse.stages.sft import sft_loss
 
@@ -54,8 +55,8 @@ def rank_distance(
 def _mean(stage: RankDistillation, head: HeadOutput, target: TeacherTarget, part: slice | np.ndarray) -> torch.Tensor:
     """The mean distance over a part of a teacher's positions."""
     device = head.topk.device
-    student_PK = head.topk[torch.from_numpy(target.rows[part]).to(device)]
-    teacher_PK = torch.from_numpy(target.logps[part]).to(device)
+    student_PK = head.topk[on_device(target.rows[part], device)]
+    teacher_PK = on_device(target.logps[part], device)
     return uld_loss(student_PK, teacher_PK, standardized=stage.standardized, space=stage.space)
 
 

@@ -27,6 +27,7 @@ import torch
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import InfiGFusion
 from rayfuse.couplings import begin_couplings
+from rayfuse.device import on_device
 from rayfuse.losses import HeadOutput, gauge, gld_distance, gld_features, gld_graphs, gw_distance
 from rayfuse.stages.infifusion import over_teachers, rank_distance
 from rayfuse.stages.sft import sft_loss
@@ -79,12 +80,12 @@ def _exact(head: HeadOutput, batch: FusionBatch) -> Callable[[Parts], list[torch
 
 
 def _sample(head: HeadOutput, batch: FusionBatch) -> torch.Tensor:
-    return torch.from_numpy(batch.sample).to(head.topk.device)
+    return on_device(batch.sample, head.topk.device)
 
 
 def _graphs(head: HeadOutput, batch: FusionBatch) -> list[torch.Tensor]:
     graphs = [target.graph for target in batch.targets]
-    return [torch.from_numpy(graph).to(head.topk.device) for graph in graphs if graph is not None]
+    return [on_device(graph, head.topk.device) for graph in graphs if graph is not None]
 
 
 def _by_share(batch: FusionBatch, distances: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -21,6 +21,7 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import MultiLevelOT
+from rayfuse.device import on_device
 from rayfuse.losses import HeadOutput
 from rayfuse.losses.transport import channels, sinkhorn_positions
 from rayfuse.stages.distillation import distill, kept_ranks
@@ -34,8 +35,8 @@ def multilevelot_loss(
     def distance(s: int) -> torch.Tensor:
         target = batch.targets[s]
         assert target.teacher_ids is not None
-        rows_P = torch.from_numpy(target.rows).to(head.topk.device)
-        tokens_Pk = torch.from_numpy(target.teacher_ids).to(rows_P.device)
+        rows_P = on_device(target.rows, head.topk.device)
+        tokens_Pk = on_device(target.teacher_ids, rows_P.device)
         student_Pk, teacher_Pk = (_scaled(values) for values in kept_ranks(head, batch, s))
         S_PC = channels(student_Pk, head.ids[rows_P], stage.channels)
         T_PC = channels(teacher_Pk, tokens_Pk, stage.channels)

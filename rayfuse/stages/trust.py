@@ -15,6 +15,7 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Trust
+from rayfuse.device import on_device
 
 
 def trust_loss(
@@ -25,7 +26,7 @@ def trust_loss(
     `trusted` in the parts is the mean weight of the samples.
     """
     weights_B = sample_weights(stage, batch).to(logps_N.device)
-    weights_N = weights_B[torch.from_numpy(batch.sample).to(logps_N.device)]
+    weights_N = weights_B[on_device(batch.sample, logps_N.device)]
     parts = {"loss_sft": -logps_N.detach().sum() / totals.tokens, "trusted": weights_B.sum() / totals.samples}
     return -(weights_N * logps_N).sum() / totals.tokens, parts
 

@@ -15,6 +15,7 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import ULD
+from rayfuse.device import on_device
 from rayfuse.losses import HeadOutput
 from rayfuse.stages.distillation import distill
 
@@ -26,9 +27,9 @@ def uld_original_loss(
 
     def distance(s: int) -> torch.Tensor:
         target = batch.targets[s]
-        rows_P = torch.from_numpy(target.rows).to(head.topk.device)
+        rows_P = on_device(target.rows, head.topk.device)
         student_Pk = (head.topk[rows_P] - head.lse[rows_P, None]).exp()
-        teacher_Pk = torch.from_numpy(target.logps).to(head.topk.device).float().exp()
+        teacher_Pk = on_device(target.logps, head.topk.device).float().exp()
         return (student_Pk - teacher_Pk).abs().sum()
 
     return distill(stage, head, batch, totals, "loss_uld", distance)

@@ -21,6 +21,7 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import ULDHybrid
+from rayfuse.device import on_device
 from rayfuse.losses import HeadOutput
 from rayfuse.stages.distillation import distill, kept_tokens
 
@@ -38,11 +39,11 @@ def uld_hybrid_loss(
         assert target.unmatched is not None
         matched_weight = target.overlap if stage.matched_weight is None else stage.matched_weight
         student_Pk, teacher_Pk, shared_Pk = kept_tokens(head, batch, s)
-        rows_P = torch.from_numpy(target.rows).to(student_Pk.device)
+        rows_P = on_device(target.rows, student_Pk.device)
         lse_P1 = head.lse[rows_P, None]
         matched = _jsd(teacher_Pk.exp(), (student_Pk - lse_P1).exp(), shared_Pk, stage.beta)
 
-        lonely_V = torch.from_numpy(np.unpackbits(target.unmatched)).to(student_Pk.device)
+        lonely_V = on_device(np.unpackbits(target.unmatched), student_Pk.device)
         if target.overlap == 1 or not lonely_V.any():
             return matched_weight * matched
         student_Pk = (head.topk[rows_P] - lse_P1).exp() * lonely_V[head.ids[rows_P]]

@@ -17,6 +17,7 @@ from torch import nn
 
 from rayfuse.batch import FusionBatch
 from rayfuse.config import Stage, Student
+from rayfuse.device import on_device
 from rayfuse.errors import StudentError
 from rayfuse.losses import HeadOutput, fused_head, token_logps
 from rayfuse.models import check_output_layer, load_causal_lm, load_tokenizer, output_layer, vocabulary_size
@@ -92,7 +93,7 @@ class TorchEngine:
         """
         fields = ("input_ids", "attention_mask", "positions", "labels", "picks")
         arrays = {name: getattr(batch, name) for name in fields if getattr(batch, name) is not None}
-        tensors = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+        tensors = {name: on_device(array, self.device) for name, array in arrays.items()}
         output: HeadOutput | torch.Tensor = self.module(tensors, k, lse)
         return output
 

@@ -219,15 +219,19 @@ def _step(job: StageJob, engine: TorchEngine, batches: list[FusionBatch], rate: 
     method, k = METHODS[job.stage.method], ranks(job.config, job.stage)
     counts = engine.sum_over_workers(np.sum([batch.counts.as_array() for batch in batches], axis=0))
     totals = Counts.of_array(counts, len(job.spec.teachers))
-    measured: dict[str, float] = {}
+    parts_of: list[dict[str, Any]] = []
     for index, batch in enumerate(batches):
         with engine.accumulate(last=index == len(batches) - 1):
             output = engine.forward(batch, k, method.lse_gradient)
             loss, parts = method.loss(job.stage, output, batch, totals)
             engine.backward(loss)
-        values = {"loss": float(loss.detach()), **{name: float(part) for name, part in parts.items()}, **batch.stats}
+        parts_of.append({"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}})
+    # Read at the end: reading a value makes the host wait for the device.
+    measured: dict[str, float] = {}
+    for batch, parts in zip(batches, parts_of, strict=True):
+        values: dict[str, Any] = {**parts, **batch.stats}
         for name, value in values.items():
-            measured[name] = measured.get(name, 0.0) + value
+            measured[name] = measured.get(name, 0.0) + float(value)
     # Every worker has the same parts, so their sums can travel as one array in the order of the names.
     names = sorted(measured.keys() - {"seconds"})
     summed = engine.sum_over_workers(np.array([measured[name] for name in names]))
