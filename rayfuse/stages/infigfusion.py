@@ -26,7 +26,6 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import InfiGFusion
-from rayfuse.couplings import begin_couplings
 from rayfuse.device import on_device
 from rayfuse.losses import HeadOutput, gauge, gld_distance, gld_features, gld_graphs, gw_distance
 from rayfuse.stages.infifusion import over_teachers, rank_distance
@@ -66,6 +65,8 @@ def _closed(head: HeadOutput, batch: FusionBatch) -> Callable[[Parts], list[torc
 
 def _exact(head: HeadOutput, batch: FusionBatch) -> Callable[[Parts], list[torch.Tensor]]:
     """The exact distance [B] to each teacher; its couplings are being solved until the result is called for."""
+    from rayfuse.couplings import begin_couplings  # the one part of a loss that needs Ray
+
     student_BKK = gld_graphs(gauge(head.topk), _sample(head, batch), len(batch.input_ids))
     teachers = _graphs(head, batch)
     couplings = begin_couplings(student_BKK, [target.graph for target in batch.targets if target.graph is not None])

@@ -25,10 +25,11 @@ from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Config, Data, Stage
 from rayfuse.errors import MissingSignalsError, RayfuseError, StudentError
 from rayfuse.metrics import MetricsWriter, read_metrics
-from rayfuse.prepare import INITIAL, PrepareSpec, prepare_unit
+from rayfuse.prepare import INITIAL, PrepareSpec
 from rayfuse.stages import METHODS, ranks
 from rayfuse.student.checkpoint import latest_checkpoint, restore_random_state, save_checkpoint
 from rayfuse.student.engine import ENGINES, TorchEngine
+from rayfuse.tasks import prepare_unit
 from rayfuse.units import share_out, unit_order
 
 BLOCK = 64

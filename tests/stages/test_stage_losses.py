@@ -162,7 +162,7 @@ def test_exact_infigfusion_is_the_minimum_over_all_couplings(monkeypatch):
         sent.append(student.detach().double().numpy())
         return lambda: [torch.from_numpy(gw_couplings(sent[0], graph)) for graph in graphs]
 
-    monkeypatch.setattr("rayfuse.stages.infigfusion.begin_couplings", begin_couplings)
+    monkeypatch.setattr("rayfuse.couplings.begin_couplings", begin_couplings)
     stage = InfiGFusion(lam=0.4, alpha=30.0, mode="exact")
     loss, parts = infigfusion_loss(stage, fused_head(hidden, weight, labels, K), batch, batch.counts)
     grads = torch.autograd.grad(loss, (hidden, weight))
