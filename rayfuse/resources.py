@@ -39,6 +39,7 @@ PREPARE_CPUS = 0.01
 are is bounded by student.prefetch."""
 START_ATTEMPTS = 3
 """Ray gives an embedded node 30 seconds to start, which a busy machine may need more than once."""
+QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 SERVE_OVERHEAD_CPUS = 1.0
 """Serve's controller and Ray Train's controller."""
 
@@ -60,21 +61,30 @@ def connect(config: Config) -> bool:
         # Another interpreter has its own packages, but must run this very code.
         runtime_env["py_modules"] = [str(Path(__file__).parent)]
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address and address != "local":
         try:
-            ray.init(address, runtime_env=runtime_env, **quiet)
+            ray.init(address, runtime_env=runtime_env, **QUIET)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise RayfuseError(
                 f"cannot connect to the Ray cluster {address}: {error}. Start one, or unset RAY_ADDRESS and "
                 "cluster.address to run on an embedded one"
             ) from error
         return False
-    cpus = _local_cpus(config)
+    start_embedded(_local_cpus(config), runtime_env=runtime_env)
+    return True
+
+
+def start_embedded(cpus: int, **options: Any) -> None:
+    """Start Ray in this process and on this machine alone, with so many logical CPUs; `options` are ray.init's.
+
+    Raises:
+        RayfuseError: it does not start.
+    """
+    os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
     for attempt in range(START_ATTEMPTS):
         try:
-            ray.init("local", num_cpus=cpus, include_dashboard=False, runtime_env=runtime_env, **quiet)
-            break
+            ray.init("local", num_cpus=cpus, include_dashboard=False, **QUIET, **options)
+            return
         except Exception as error:  # Ray raises plain Exceptions here
             ray.shutdown()
             if attempt == START_ATTEMPTS - 1:
@@ -82,7 +92,6 @@ def connect(config: Config) -> bool:
                     f"an embedded Ray cannot start on this machine: {error}. Free some memory or load and try again; "
                     "Ray's logs are in /tmp/ray/session_latest/logs"
                 ) from error
-    return True
 
 
 def _local_cpus(config: Config) -> int:

@@ -4,6 +4,7 @@ import pytest
 
 from rayfuse import resources
 from rayfuse.config import parse_config
+from rayfuse.errors import RayfuseError
 
 TWO = [{"model": f"t{i}", "cpus": 2, "gpus": 0.5, "replicas": {"min": i, "max": 4}} for i in (0, 3)]
 
@@ -30,3 +31,28 @@ def test_what_a_cluster_is_short_of(tmp_path, monkeypatch, there, changes, expec
     }
     monkeypatch.setattr(resources.ray, "cluster_resources", lambda: there)
     assert resources.shortage(parse_config({**config, **changes})) == expected
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+def test_an_embedded_ray_that_does_not_start_is_started_again(monkeypatch, failures):
+    happened = []
+
+    def init(address, **options):
+        happened.append((address, options["num_cpus"], options["runtime_env"]))
+        if len(happened) <= 2 * failures:
+            raise RuntimeError("timed out")
+
+    monkeypatch.setattr(resources.ray, "init", init)
+    monkeypatch.setattr(resources.ray, "shutdown", lambda: happened.append("ended"))
+    resources.start_embedded(7, runtime_env={})
+    assert happened == [("local", 7, {}), "ended"] * failures + [("local", 7, {})]
+
+
+def test_an_embedded_ray_that_never_starts_says_so(monkeypatch):
+    def init(*_, **__):
+        raise RuntimeError("timed out")
+
+    monkeypatch.setattr(resources.ray, "init", init)
+    monkeypatch.setattr(resources.ray, "shutdown", lambda: None)
+    with pytest.raises(RayfuseError, match=r"cannot start on this machine: timed out\. Free some memory"):
+        resources.start_embedded(1)

@@ -33,6 +33,7 @@ from ray import cloudpickle, serve
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
+from rayfuse import resources
 from rayfuse.config import Http, Teacher
 from rayfuse.data import Sample
 from rayfuse.http.server import served
@@ -191,7 +192,7 @@ def main() -> None:
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         if {"http", "copies"} - set(options.skip):
-            ray.init("local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+            resources.start_embedded(4)
             named, samples = make_teacher(Path(folder), 2, options.layers)
             with deployment.borrowed([named], K):
                 if "http" not in options.skip:

@@ -16,7 +16,6 @@ The stub is an ordinary backend: `StubReplica` registers it in the replica's own
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
 import statistics
@@ -318,11 +317,9 @@ def main() -> None:
         args.units, args.rounds, args.replicas, rows, calls, samples = 4, 1, [1, 2], 64, 3, 500
     print(machine())
     padding(samples)
-    os.environ.update({key: os.environ.get(key, value) for key, value in resources.ENVIRONMENT.items()})
     folder = Path(tempfile.mkdtemp(prefix="rayfuse-bench-"))
-    ray.init("local", num_cpus=LOGICAL_CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    resources.start_embedded(LOGICAL_CPUS)
+    deployment.start_serve()
     try:
         prepare_cost(folder, args.units, rows)
         flow(folder, args.teachers, args.units, args.rounds, rows, args.in_flight)

@@ -12,8 +12,6 @@ data to prepare in advance (student.prefetch) must be at least seconds / step an
 from __future__ import annotations
 
 import argparse
-import logging
-import os
 import shutil
 import tempfile
 import time
@@ -23,7 +21,6 @@ from typing import Any
 
 import ray
 from measure import machine
-from ray import serve
 from stream import BLOCK, LOGICAL_CPUS, K, deploy, stub, wait_for_replicas, world
 
 from rayfuse import resources
@@ -67,11 +64,9 @@ def main() -> None:
     if args.quick:
         args.step, args.seconds, args.replicas, args.prefetch, args.steps = 0.05, 0.1, [1, 2], 2, 3
     print(machine())
-    os.environ.update({key: os.environ.get(key, value) for key, value in resources.ENVIRONMENT.items()})
     folder = Path(tempfile.mkdtemp(prefix="rayfuse-bench-"))
-    ray.init("local", num_cpus=LOGICAL_CPUS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    resources.start_embedded(LOGICAL_CPUS)
+    deployment.start_serve()
     try:
         print(f"a student of {args.step} s and a teacher of {args.seconds} s per unit, {args.prefetch} units in flight")
         for turn, count in enumerate(args.replicas):
