@@ -236,7 +236,8 @@ def flow(folder: Path, counts: Sequence[int], count: int, rounds: int, rows: int
                     cpu[name].append(_processor_seconds() - used)
         peer = statistics.median(seconds["raw actors"])
         for name, taken in seconds.items():
-            median, processor = statistics.median(taken), statistics.median(cpu[name]) / tokens
+            median = statistics.median(taken)
+            processor = max(statistics.median(cpu[name]), 1 / os.sysconf("SC_CLK_TCK")) / tokens  # it comes in ticks
             print(
                 f"{teachers} teacher{'s' * (teachers > 1)}  {name:<31} {tokens / median / 1e3:8.0f}k tokens/s "
                 f"({teachers * tokens / median / 1e3:6.0f}k signals/s)  {peer / median:5.2f} x raw actors  "
