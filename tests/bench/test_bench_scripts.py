@@ -59,6 +59,6 @@ def test_bench_script_runs(script, tmp_path):
         text=True,
         timeout=540,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     for line in lines:
         assert re.search(line, done.stdout, re.MULTILINE), f"no line matches {line!r} in:\n{done.stdout}"
