@@ -25,8 +25,8 @@ if __name__ == "__main__":
     parser.add_argument("--page", action="store_true", help="only write the page")
     a = parser.parse_args()
     with errors_shown():
+        from rayfuse.compare.design import load_plan
         from rayfuse.compare.page import write_page
-        from rayfuse.compare.plan import load_plan
 
         plan = load_plan(a.plan)
         if not a.page:

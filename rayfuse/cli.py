@@ -57,8 +57,8 @@ def prefer(config: ConfigFile, overrides: Overrides = None) -> None:
     import json
 
     resolved = load_config(config, overrides or [])
-    from rayfuse.prefer import prefer as make
-    from rayfuse.prefer import summary_path, summary_table
+    from rayfuse.prefer.make import prefer as make
+    from rayfuse.prefer.make import summary_path, summary_table
 
     console = Console()
     output = make(resolved, console=console)
@@ -73,7 +73,7 @@ def prefer(config: ConfigFile, overrides: Overrides = None) -> None:
 def run(config: Path, overrides: list[str], *, resume: bool = False) -> None:
     """`rayfuse fuse`, also for scripts: run, then show the results and where they are."""
     resolved = load_config(config, overrides)
-    from rayfuse.fuse import fuse as fuse_config
+    from rayfuse.run.fuse import fuse as fuse_config
 
     console = Console()
     fuse_config(resolved, resume=resume, console=console)
@@ -84,7 +84,7 @@ def show_results(output: Path, console: Console) -> None:
     """Print a finished run's table, and where its model and report are."""
     import json
 
-    from rayfuse.report import result_table
+    from rayfuse.report.page import result_table
 
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     if results["models"]:
@@ -119,7 +119,7 @@ def teachers(
     """Keep a configuration's teachers up apart from a run, so that several runs share them."""
     overrides = [argument for argument in arguments or [] if "=" in argument]
     resolved = load_config(config, overrides)
-    from rayfuse.teachers.manage import manage
+    from rayfuse.teachers.serving.manage import manage
 
     manage(resolved, action, [argument for argument in arguments or [] if "=" not in argument], Console())
 
@@ -128,7 +128,7 @@ def teachers(
 def serve_teachers(config: ConfigFile, overrides: Overrides = None) -> None:
     """Let people and programs ask a configuration's teachers over HTTP, while runs use them."""
     resolved = load_config(config, overrides or [])
-    from rayfuse.http.server import serve_teachers as serve
+    from rayfuse.teachers.http.served import serve_teachers as serve
 
     serve(resolved, Console())
 
@@ -141,8 +141,8 @@ def inspect_align(
 ) -> None:
     """Show how each teacher's tokens meet the student's, and which student tokens no teacher has."""
     resolved = load_config(config, overrides or [])
-    from rayfuse.inspection import alignment_view
-    from rayfuse.models import load_tokenizer
+    from rayfuse.alignment.inspection import alignment_view
+    from rayfuse.models.loading import load_tokenizer
 
     if not text:
         raise typer.BadParameter('give a text to look at, for example --text "12345 apples"', param_hint="--text")

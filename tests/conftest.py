@@ -14,8 +14,8 @@ os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 import pytest
 from hypothesis import settings
 
-from rayfuse.quickstart.models import STYLES, make_model, make_tokenizer, save
-from rayfuse.quickstart.tasks import make
+from rayfuse.quickstart.skills import make
+from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, save
 
 settings.register_profile("rayfuse", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("rayfuse")

@@ -9,12 +9,13 @@ import torch
 from torch.nn import functional as F
 
 from rayfuse.config import STAGES, Data, Student, Teacher
-from rayfuse.data import read_samples
-from rayfuse.device import on_device
+from rayfuse.data.rows import read_samples
 from rayfuse.losses import fused_head, gauge, gld_distance, gld_features, teacher_topk, token_logps, uld_loss
-from rayfuse.prepare import Preparer, PrepareSpec
+from rayfuse.prepare.preparer import Preparer
+from rayfuse.prepare.spec import PrepareSpec
 from rayfuse.stages import METHODS
-from rayfuse.student.engine import TorchEngine
+from rayfuse.stages.tensors import on_device
+from rayfuse.student.engines.ddp import TorchEngine
 from rayfuse.teachers.transformers import TransformersTeacher
 
 K = 5

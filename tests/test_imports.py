@@ -7,9 +7,10 @@ import pytest
 
 WITHOUT_RAY = [
     "rayfuse.losses",
-    "rayfuse.prepare",
+    "rayfuse.prepare.preparer",
+    "rayfuse.prepare.targets",
     "rayfuse.stages",
-    "rayfuse.student.engine",
+    "rayfuse.student.engines.ddp",
     "rayfuse.teachers.transformers",
     "tests.test_devices",
 ]

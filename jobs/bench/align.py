@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from measure import alternate, machine
 
-from rayfuse.alignment import align, byte_ends, encode_response
+from rayfuse.alignment.pairs import align
+from rayfuse.alignment.token_bytes import byte_ends, encode_response
 from tests.real_tokenizers import smollm2, tekken
 
 CALLS = 20

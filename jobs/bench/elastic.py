@@ -33,15 +33,16 @@ from ray import cloudpickle, serve
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from rayfuse import resources
+from rayfuse import cluster
 from rayfuse.config import Http, Teacher
-from rayfuse.data import Sample
-from rayfuse.http.server import served
-from rayfuse.models import fingerprint
-from rayfuse.quickstart.models import STYLES, make_model, make_tokenizer, save
-from rayfuse.quickstart.tasks import make
-from rayfuse.signals import pack
-from rayfuse.teachers import deployment, scaling
+from rayfuse.data.sample import Sample
+from rayfuse.quickstart.skills import make
+from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, save
+from rayfuse.signals.codec import pack
+from rayfuse.teachers.http.served import served
+from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.serving import applications, wishes
+from rayfuse.teachers.serving.client import TeacherClient
 
 K, UNIT = 10, 8
 TOKEN = "benchmark-on-loopback"
@@ -63,7 +64,7 @@ def make_teacher(folder: Path, copies: int, layers: int) -> tuple[Named, list[Sa
 
 def running(named: Named) -> int:
     """Copies that answer."""
-    (found,) = serve.status().applications[deployment.application_name(*named)].deployments.values()
+    (found,) = serve.status().applications[applications.application_name(*named)].deployments.values()
     return found.replica_states.get("RUNNING", 0)
 
 
@@ -83,7 +84,7 @@ def over_http(named: Named, samples: Sequence[Sample], units: int) -> None:
     rows = [{"prompt": sample.messages[0][1], "response": sample.response} for sample in samples]
     body = json.dumps({"teacher": "bench", "samples": rows}).encode()
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
-    client = deployment.TeacherClient(*named)
+    client = TeacherClient(*named)
     signals = client.score(samples)()
     tokens = sum(map(len, signals))
     with served([named], K, Http(port=0), Console(quiet=True)) as server:
@@ -116,15 +117,15 @@ def over_http(named: Named, samples: Sequence[Sample], units: int) -> None:
 
 def add_a_copy(named: Named, samples: Sequence[Sample]) -> None:
     """Seconds from the wish for a second copy to its being there, and from no wish to no copy."""
-    name = deployment.application_name(*named)
-    deployment.TeacherClient(*named).score(samples)()
-    scaling.wish(name, scaling.PINNED, 2, 2)
-    scaling.resize(name)
+    name = applications.application_name(*named)
+    TeacherClient(*named).score(samples)()
+    wishes.wish(name, wishes.PINNED, 2, 2)
+    wishes.resize(name)
     print(f"a second copy answers after {seconds_until(lambda: running(named) == 2):.1f} s")
-    scaling.wish(name, scaling.PINNED, 1, 1)
-    scaling.resize(name)
+    wishes.wish(name, wishes.PINNED, 1, 1)
+    wishes.resize(name)
     print(f"and is gone after {seconds_until(lambda: running(named) == 1):.1f} s")
-    scaling.withdraw(name, scaling.PINNED)
+    wishes.withdraw(name, wishes.PINNED)
 
 
 @contextmanager
@@ -134,7 +135,7 @@ def flow(named: Named, samples: Sequence[Sample], at_once: int) -> Iterator[list
     over = threading.Event()
 
     def ask() -> None:
-        client = deployment.TeacherClient(*named)
+        client = TeacherClient(*named)
         while not over.is_set():
             client.score(samples)()
             answered.append(time.monotonic())
@@ -158,7 +159,7 @@ def lose_a_node(folder: Path, window: float, layers: int) -> None:
     ray.init(cluster.address, logging_level="ERROR", log_to_driver=False)
     try:
         named, samples = make_teacher(folder, 3, layers)
-        with deployment.borrowed([named], K), flow(named, samples, 9) as answered:
+        with applications.borrowed([named], K), flow(named, samples, 9) as answered:
             print(f"three copies on three nodes after {seconds_until(lambda: running(named) == 3):.1f} s")
             time.sleep(3 * window)
             full = sum(at > time.monotonic() - 3 * window for at in answered) / 3
@@ -192,9 +193,9 @@ def main() -> None:
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         if {"http", "copies"} - set(options.skip):
-            resources.start_embedded(4)
+            cluster.start_embedded(4)
             named, samples = make_teacher(Path(folder), 2, options.layers)
-            with deployment.borrowed([named], K):
+            with applications.borrowed([named], K):
                 if "http" not in options.skip:
                     over_http(named, samples, options.units)
                 if "copies" not in options.skip:

@@ -88,8 +88,8 @@ def large_world(folder: Path, train: int, valid: int, teacher_steps: int, hidden
     from smollm2_world import make_rows, package_file, qwen_tokenizer
     from transformers import AutoTokenizer
 
-    from rayfuse.quickstart.models import encode, make_model, save
-    from rayfuse.quickstart.models import train as fit
+    from rayfuse.quickstart.tiny_models import encode, make_model, save
+    from rayfuse.quickstart.tiny_models import train as fit
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -189,7 +189,7 @@ def run_rayfuse(
 ) -> None:
     """One stage: embedded Ray, the teacher on Serve, an empty store; `loss` changes its settings."""
     from rayfuse.config import parse_config
-    from rayfuse.fuse import fuse
+    from rayfuse.run.fuse import fuse
 
     config = parse_config(
         {
@@ -265,7 +265,7 @@ def measure(side: str, world: Path, output: Path, args: argparse.Namespace, seed
 def bits_per_byte(model: Path, world: Path) -> tuple[float, tuple[float, float]]:
     """Of the held-out responses, end-of-turn included."""
     from rayfuse.config import Benchmark, Teacher
-    from rayfuse.evaluate import evaluate, read_items
+    from rayfuse.evaluation.models import evaluate, read_items
 
     benchmark = Benchmark(path=str(world / "valid.jsonl"), generate=False)
     teacher = Teacher(model=str(model), name="m", dtype="float32", cpus=os.cpu_count() or 1, batch_tokens=4096)

@@ -24,7 +24,7 @@ from measure import machine
 from torch.nn.functional import cosine_similarity
 
 from rayfuse.config import Data, Teacher
-from rayfuse.data import read_samples
+from rayfuse.data.rows import read_samples
 from rayfuse.losses import gauge, gld_distance, gld_features, gld_graphs, gw_couplings, gw_distance
 from rayfuse.quickstart.world import build_world
 from rayfuse.teachers.transformers import TransformersTeacher

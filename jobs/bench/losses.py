@@ -25,7 +25,7 @@ import torch
 from measure import alternate, machine
 from torch.nn import functional as F
 
-from rayfuse.alignment import align
+from rayfuse.alignment.pairs import align
 from rayfuse.losses import fused_head, uld_loss
 from rayfuse.losses.transport import sinkhorn_positions
 

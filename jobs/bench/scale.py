@@ -17,7 +17,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from rayfuse.units import share_out
+from rayfuse.prepare.units import share_out
 
 
 class LanguageModel(NamedTuple):

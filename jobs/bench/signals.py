@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 from measure import alternate, machine
 
-from rayfuse.signals import FIELDS, TopKSignals, decode, encode, pack, unpack
+from rayfuse.prepare.targets import fields_read
+from rayfuse.signals.codec import decode, encode, pack, unpack
+from rayfuse.signals.store import SignalStore
+from rayfuse.signals.topk import FIELDS, TopKSignals
 from rayfuse.stages import METHODS
-from rayfuse.store import SignalStore
-from rayfuse.targets import fields_read
 
 VOCABULARY = 151_936
 ABOUT = {"fingerprint": "0" * 32, "key": "0" * 64}

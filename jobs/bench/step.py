@@ -32,12 +32,13 @@ from signals import random_signals
 
 from rayfuse.batch import FusionBatch
 from rayfuse.config import STAGES, Stage, Student, Teacher
-from rayfuse.data import Sample
-from rayfuse.prepare import Preparer, PrepareSpec
-from rayfuse.quickstart.models import STYLES, make_model, make_tokenizer, save
-from rayfuse.signals import TopKSignals
+from rayfuse.data.sample import Sample
+from rayfuse.prepare.preparer import Preparer
+from rayfuse.prepare.spec import PrepareSpec
+from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, save
+from rayfuse.signals.topk import TopKSignals
 from rayfuse.stages import METHODS
-from rayfuse.student.engine import TorchEngine
+from rayfuse.student.engines.ddp import TorchEngine
 
 K, TEACHERS, BATCHES = 10, 3, 3
 WORDS = re.compile(r" ?\w+| ?[^\w\s]+|\s+")

@@ -35,16 +35,21 @@ from measure import descendants, machine, processor_seconds
 from ray import serve
 from signals import random_signals
 
-from rayfuse import resources
+from rayfuse import cluster
 from rayfuse.config import Teacher
-from rayfuse.data import Sample
-from rayfuse.prepare import Preparer, PrepareSpec
-from rayfuse.quickstart.models import STYLES, make_tokenizer
-from rayfuse.signals import TopKSignals, pack, unpack
-from rayfuse.student.worker import BLOCK, UnitStream
-from rayfuse.teachers import deployment
+from rayfuse.data.sample import Sample
+from rayfuse.prepare.preparer import Preparer
+from rayfuse.prepare.spec import PrepareSpec
+from rayfuse.prepare.units import make_units
+from rayfuse.quickstart.tiny_models import STYLES, make_tokenizer
+from rayfuse.signals.codec import pack, unpack
+from rayfuse.signals.topk import TopKSignals
+from rayfuse.student.job import BLOCK
+from rayfuse.student.stream import UnitStream
+from rayfuse.teachers.serving import applications
+from rayfuse.teachers.serving.client import TeacherClient
+from rayfuse.teachers.serving.replica import TeacherReplica
 from rayfuse.teachers.transformers import length_batches
-from rayfuse.units import make_units
 
 K, UNIT, ROWS = 10, 8, 640
 LOGICAL_CPUS = 24
@@ -68,7 +73,7 @@ class StubTeacher:
         return [replace(self.signals, byte_ends=rows * size // len(rows)) for size in sizes]
 
 
-class StubReplica(deployment.TeacherReplica):
+class StubReplica(TeacherReplica):
     """The real replica, in whose process the stub is a backend."""
 
     def __init__(self, teacher: Teacher, k: int) -> None:
@@ -97,11 +102,11 @@ def stub(name: str, model: Path, rows: int, seconds: float, replicas: int = 1) -
 
 
 def deploy(teachers: Sequence[tuple[Teacher, str]]) -> None:
-    """As `deployment.deploy`, with the stub's replica."""
+    """As `applications.deploy`, with the stub's replica."""
     for teacher, fingerprint in teachers:
-        options = resources.teacher_deployment(teacher)
+        options = cluster.teacher_deployment(teacher)
         served: Any = serve.deployment(StubReplica, name=teacher.name, **options)  # type: ignore[call-overload]
-        serve.run(served.bind(teacher, K), name=deployment.application_name(teacher, fingerprint), route_prefix=None)
+        serve.run(served.bind(teacher, K), name=applications.application_name(teacher, fingerprint), route_prefix=None)
 
 
 def world(folder: Path, units: int, response_bytes: int, offset: int = 0) -> list[list[Sample]]:
@@ -195,7 +200,7 @@ def flow(folder: Path, counts: Sequence[int], count: int, rounds: int, rows: int
     tokens = count * UNIT * rows
     stubs = [stub(f"stub-{index}", folder / "student", rows, 0.0) for index in range(3)]
     deploy(stubs)
-    clients = [deployment.TeacherClient(*item) for item in stubs]
+    clients = [TeacherClient(*item) for item in stubs]
     actors: list[Any] = [RawActor.remote(teacher, K) for teacher, _ in stubs]
     print(f"flow: {count} units of {UNIT} x {rows} tokens, {prefetch} in flight, stub teachers, k {K}")
     used = _processor_seconds()
@@ -243,7 +248,7 @@ def flow(folder: Path, counts: Sequence[int], count: int, rounds: int, rows: int
                 f"({teachers * tokens / median / 1e3:6.0f}k signals/s)  {peer / median:5.2f} x raw actors  "
                 f"{processor * 1e6:6.2f} CPU us per token ({_cores(processor):.0f}k tokens/s on {os.cpu_count()} cores)"
             )
-    deployment.delete(stubs)
+    applications.delete(stubs)
     for actor in actors:
         ray.kill(actor)
 
@@ -277,7 +282,7 @@ def scaling(folder: Path, replicas: Sequence[int], seconds: float, per_replica: 
     for count in replicas:
         teacher, name = stub(f"slow-{count}", folder / "student", rows, seconds, count)
         deploy([(teacher, name)])
-        wait_for_replicas(deployment.application_name(teacher, name), count)
+        wait_for_replicas(applications.application_name(teacher, name), count)
         spec = PrepareSpec(teacher, ((teacher, name),), str(folder / f"store-{name}"), K, "bytes", 1 << 20)
         filling = per_replica * count
         rates = []
@@ -291,7 +296,7 @@ def scaling(folder: Path, replicas: Sequence[int], seconds: float, per_replica: 
             f"{count} replica{'s' if count > 1 else ' '}  {rate:6.2f} units/s  {100 * rate * seconds / count:5.1f} % "
             f"of {count / seconds:.0f} units/s  {100 * rate / count / first:5.1f} % of {count} times one replica"
         )
-        deployment.delete([(teacher, name)])
+        applications.delete([(teacher, name)])
 
 
 def wait_for_replicas(application: str, count: int) -> None:
@@ -319,8 +324,8 @@ def main() -> None:
     print(machine())
     padding(samples)
     folder = Path(tempfile.mkdtemp(prefix="rayfuse-bench-"))
-    resources.start_embedded(LOGICAL_CPUS)
-    deployment.start_serve()
+    cluster.start_embedded(LOGICAL_CPUS)
+    applications.start_serve()
     try:
         prepare_cost(folder, args.units, rows)
         flow(folder, args.teachers, args.units, args.rounds, rows, args.in_flight)

@@ -24,15 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from measure import machine
 from transformers import PreTrainedTokenizerBase
 
-from rayfuse.alignment import bytes_to_ids, encode_response, token_bytes
+from rayfuse.alignment.token_bytes import bytes_to_ids, encode_response, token_bytes
 from rayfuse.batch import FusionBatch
 from rayfuse.config import ByteKD, Model, Teacher
-from rayfuse.data import Sample
-from rayfuse.prepare import PrepareSpec
-from rayfuse.render import Rendered
-from rayfuse.signals import TopKSignals
-from rayfuse.targets import TARGETS, Unit, bare_targets
-from rayfuse.vocabulary import Vocabularies, Vocabulary
+from rayfuse.data.render import Rendered
+from rayfuse.data.sample import Sample
+from rayfuse.prepare.spec import PrepareSpec
+from rayfuse.prepare.targets import TARGETS, ScoredUnit, bare_targets
+from rayfuse.prepare.vocabulary import Vocabularies, Vocabulary
+from rayfuse.signals.topk import TopKSignals
 from tests.real_tokenizers import qwen, smollm2, tekken
 
 K = 10
@@ -56,7 +56,7 @@ def answer(tokenizer: PreTrainedTokenizerBase, text: str, candidates: np.ndarray
     return TopKSignals(logps, top, np.zeros(len(top), np.float32), logps[:, 0].astype(np.float32), ends)
 
 
-def make_unit(teacher: PreTrainedTokenizerBase, samples: int) -> tuple[Unit, FusionBatch]:
+def make_unit(teacher: PreTrainedTokenizerBase, samples: int) -> tuple[ScoredUnit, FusionBatch]:
     """A unit as a prepare task has it after the teachers' answers came, and its batch without targets."""
     student, source = smollm2(), Path(argparse.__file__).read_text(encoding="utf-8")
     whole_ends = encode_response(student, source)[1]
@@ -70,15 +70,15 @@ def make_unit(teacher: PreTrainedTokenizerBase, samples: int) -> tuple[Unit, Fus
     model = Teacher(model="teacher", name="teacher")
     spec = PrepareSpec(Model(model="student"), ((model, ""),), "", K, "bytes", 1 << 20, stage=ByteKD())
     signals = [[answer(teacher, text, candidates, seed) for seed, text in enumerate(texts)]]
-    unit = Unit(spec, vocabularies, [Sample((), text) for text in texts], rendered, signals)
+    unit = ScoredUnit(spec, vocabularies, [Sample((), text) for text in texts], rendered, signals)
     labels = np.concatenate([item.response_ids for item in rendered])
     none = np.zeros(0, dtype=np.int64)
     return unit, FusionBatch(none, none, none, labels, none, bare_targets(spec))
 
 
-def microseconds(kind: str, unit: Unit, batch: FusionBatch) -> float:
+def microseconds(kind: str, unit: ScoredUnit, batch: FusionBatch) -> float:
     """Processor time per student token of one run of a kind."""
-    fresh = Unit(unit.spec, unit.vocabularies, unit.samples, unit.rendered, unit.signals)  # nothing aligned yet
+    fresh = ScoredUnit(unit.spec, unit.vocabularies, unit.samples, unit.rendered, unit.signals)  # nothing aligned yet
     begun = time.process_time()
     TARGETS[kind](fresh, batch)
     return (time.process_time() - begun) / len(batch.labels) * 1e6

@@ -138,9 +138,9 @@ def make_input(folder: Path, count: int, unit_size: int) -> tuple[Path, list[lis
     """The model's folder, units of samples, and the tokens of each unit under it."""
     from jobs.smollm2_world import make_rows, make_teacher
     from rayfuse.config import Model
-    from rayfuse.data import Sample
-    from rayfuse.models import load_tokenizer
-    from rayfuse.render import Renderer
+    from rayfuse.data.render import Renderer
+    from rayfuse.data.sample import Sample
+    from rayfuse.models.loading import load_tokenizer
 
     model = ROOT / "runs" / "smollm2" / "world" / "teacher"
     if not model.exists():

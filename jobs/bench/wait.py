@@ -23,10 +23,10 @@ import ray
 from measure import machine
 from stream import BLOCK, LOGICAL_CPUS, K, deploy, stub, wait_for_replicas, world
 
-from rayfuse import resources
-from rayfuse.prepare import PrepareSpec
-from rayfuse.student.worker import UnitStream
-from rayfuse.teachers import deployment
+from rayfuse import cluster
+from rayfuse.prepare.spec import PrepareSpec
+from rayfuse.student.stream import UnitStream
+from rayfuse.teachers.serving import applications
 
 ROWS = 64
 
@@ -65,20 +65,20 @@ def main() -> None:
         args.step, args.seconds, args.replicas, args.prefetch, args.steps = 0.05, 0.1, [1, 2], 2, 3
     print(machine())
     folder = Path(tempfile.mkdtemp(prefix="rayfuse-bench-"))
-    resources.start_embedded(LOGICAL_CPUS)
-    deployment.start_serve()
+    cluster.start_embedded(LOGICAL_CPUS)
+    applications.start_serve()
     try:
         print(f"a student of {args.step} s and a teacher of {args.seconds} s per unit, {args.prefetch} units in flight")
         for turn, count in enumerate(args.replicas):
             units = world(folder / "student", 3 * args.prefetch + args.steps, 4 * ROWS, offset=100_000 * turn)
             teacher, name = stub(f"slow-{count}", folder / "student", ROWS, args.seconds, count)
             deploy([(teacher, name)])
-            wait_for_replicas(deployment.application_name(teacher, name), count)
+            wait_for_replicas(applications.application_name(teacher, name), count)
             spec = PrepareSpec(teacher, ((teacher, name),), str(folder / name), K, "bytes", 1 << 20)
             share = wait_share(spec, units, args.prefetch, args.step, args.steps)
             enough = count * args.step / args.seconds
             print(f"{count} replicas, {enough:.2f} x what the student asks for: waits {100 * share:5.1f} % of its time")
-            deployment.delete([(teacher, name)])
+            applications.delete([(teacher, name)])
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

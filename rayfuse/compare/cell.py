@@ -24,18 +24,21 @@ import ray
 from rich.console import Console
 from safetensors import safe_open
 
-from rayfuse.compare.plan import Cell, Plan
+from rayfuse.compare.design import Cell, Plan
 from rayfuse.compare.rows import heldout_items, rows_name, training_rows, write_once
 from rayfuse.compare.texts import pairs_of, responses_of, texts_file
 from rayfuse.config import STAGES, Benchmark, Config, Teacher, TeacherStage, parse_config
-from rayfuse.data import Sample
-from rayfuse.evaluate import measure_items
-from rayfuse.fuse import Source, _fingerprints, _stage_job, load_source
-from rayfuse.metrics import read_metrics
-from rayfuse.pairwise import train_pairwise
+from rayfuse.data.sample import Sample
+from rayfuse.evaluation.models import measure_items
+from rayfuse.metrics.records import read_metrics
 from rayfuse.quickstart.world import EXPERTS, World
-from rayfuse.student.worker import BLOCK, StageJob, train
-from rayfuse.teachers import deployment
+from rayfuse.run.pairwise import train_pairwise
+from rayfuse.run.sources import UnitSource, load_source
+from rayfuse.run.stage_job import stage_job
+from rayfuse.student.job import BLOCK, StageJob
+from rayfuse.student.loop import train
+from rayfuse.teachers.identity import _fingerprints
+from rayfuse.teachers.serving import applications
 from rayfuse.teachers.transformers import TransformersTeacher
 
 
@@ -142,9 +145,9 @@ def train_cell(bench: Bench, cell: Cell, config: Config) -> Trained:
     wall, cpu = time.monotonic(), time.process_time()
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts again
     for index in range(len(config.stages)):
-        job = _stage_job(config, index, fingerprints, sources)
+        job = stage_job(config, index, fingerprints, sources)
         if job.spec.teachers:
-            deployment.deploy(job.spec.teachers, config.signals.k)
+            applications.deploy(job.spec.teachers, config.signals.k)
         if isinstance(job.stage, TeacherStage) and job.stage.merge is not None:
             train_pairwise(job, job.stage.merge, partial(_train_once, kept) if kept else train_here, at_once=1)
         else:
@@ -179,7 +182,7 @@ def _train_once(kept: Path, job: StageJob) -> Path:
     return model
 
 
-def _source(config: Config, sides: tuple[str, ...]) -> Source:
+def _source(config: Config, sides: tuple[str, ...]) -> UnitSource:
     """A data set cut into units: read once, then kept beside the data, whatever method learns from it."""
     data = config.preferences if sides else config.data
     assert data is not None
@@ -191,7 +194,7 @@ def _source(config: Config, sides: tuple[str, ...]) -> Source:
         beside.write_bytes(pickle.dumps((units, source.sizes, source.content, source.counts)))
         beside.replace(kept)
     units, sizes, content, counts = pickle.loads(kept.read_bytes())
-    return Source([ray.put(units[i : i + BLOCK]) for i in range(0, len(units), BLOCK)], sizes, content, counts)
+    return UnitSource([ray.put(units[i : i + BLOCK]) for i in range(0, len(units), BLOCK)], sizes, content, counts)
 
 
 def _teacher_use(config: Config) -> dict[str, float]:

@@ -16,16 +16,16 @@ import ray
 from ray.exceptions import RayTaskError
 from rich.console import Console
 
-from rayfuse import resources
+from rayfuse import cluster
 from rayfuse.compare.cell import Bench, run_cell
-from rayfuse.compare.plan import Cell, Plan
+from rayfuse.compare.design import Cell, Plan
 from rayfuse.compare.rows import training_rows, write_once
 from rayfuse.compare.texts import texts_file, write_texts
 from rayfuse.compare.tuning import Rows, best_settings, donated, right
 from rayfuse.config import STAGES, Config, parse_config
 from rayfuse.errors import RayfuseError
 from rayfuse.quickstart.world import EXPERTS, build_world
-from rayfuse.teachers import deployment
+from rayfuse.teachers.serving import applications
 
 
 class Results:
@@ -84,8 +84,8 @@ def run_grid(
     table = Results(results)
     failed: list[Cell] = []
     running: dict[Any, Cell | int] = {}
-    resources.connect(_everything(bench))
-    deployment.start_serve()  # which two cells at once would race for
+    cluster.connect(_everything(bench))
+    applications.start_serve()  # which two cells at once would race for
     while True:
         busy = [*running.values(), *failed]
         for cell in open_cells(bench.plan, table.rows):

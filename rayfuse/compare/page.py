@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from rayfuse.compare.plan import Plan
+from rayfuse.compare.design import Plan
 from rayfuse.compare.plot import differences_svg
 from rayfuse.compare.statistics import Estimate
 from rayfuse.compare.table import RawResults

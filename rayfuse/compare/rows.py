@@ -13,9 +13,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from rayfuse.compare.plan import Condition, Plan, Split
-from rayfuse.data import Sample, samples_of_row
-from rayfuse.quickstart.tasks import make, write_rows
+from rayfuse.compare.design import Condition, Plan, Split
+from rayfuse.data.rows import samples_of_row
+from rayfuse.data.sample import Sample
+from rayfuse.quickstart.skills import make, write_rows
 from rayfuse.quickstart.world import EXPERTS, World
 
 Row = dict[str, Any]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rayfuse.compare.plan import Plan
+from rayfuse.compare.design import Plan
 from rayfuse.compare.statistics import Estimate, crossed_interval, seed_interval
 from rayfuse.compare.tuning import best_settings, donated, right
 from rayfuse.quickstart.world import EXPERTS

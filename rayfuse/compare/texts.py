@@ -18,10 +18,10 @@ from typing import Any
 
 import ray
 
-from rayfuse.compare.plan import Condition, Plan
+from rayfuse.compare.design import Condition, Plan
 from rayfuse.compare.rows import Row, rows_name, training_rows, write_once
 from rayfuse.config import Teacher
-from rayfuse.data import Sample
+from rayfuse.data.sample import Sample
 from rayfuse.quickstart.world import EXPERTS, World
 from rayfuse.teachers.transformers import TransformersTeacher
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rayfuse.compare.plan import Plan
+from rayfuse.compare.design import Plan
 from rayfuse.quickstart.world import EXPERTS
 
 Rows = Mapping[str, Mapping[str, Any]]

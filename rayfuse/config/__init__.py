@@ -15,39 +15,32 @@ The shortest run:
 
 from __future__ import annotations
 
-from rayfuse.config.baselines import KL, ULD, FuseChat, FuseLLM, MiniLogit, ULDHybrid
 from rayfuse.config.data import Benchmark, Data, Signals
 from rayfuse.config.endpoint import Endpoint, Stored
 from rayfuse.config.environment import RuntimeEnv
 from rayfuse.config.judges import JUDGES, Judge, RewardModel, UnitTests
 from rayfuse.config.loading import apply_override, config_json, load_config, parse_config
-from rayfuse.config.methods import STAGES
 from rayfuse.config.models import Model, Student
-from rayfuse.config.parity import Parity
 from rayfuse.config.prefer import Prefer
 from rayfuse.config.run import Cluster, Config
 from rayfuse.config.section import Dtype, Place, Section
 from rayfuse.config.serving import Http, Serving
-from rayfuse.config.stages import (
-    DPO,
-    SFT,
-    WRPO,
-    ByteKD,
-    Distillation,
-    FusedPreference,
-    InfiFPO,
-    InfiFusion,
-    InfiGFusion,
-    Merge,
-    Preference,
-    RankDistillation,
-    Stage,
-    TeacherStage,
-    Trust,
+from rayfuse.config.stages import STAGES
+from rayfuse.config.stages.base import Distillation, Merge, RankDistillation, Stage, TeacherStage
+from rayfuse.config.stages.baselines import (
+    KL,
+    ULD,
+    FuseChat,
+    FuseLLM,
+    MiniLogit,
+    MultiLevelOT,
+    Sinkhorn,
+    ULDHybrid,
+    WassersteinKL,
 )
-from rayfuse.config.teachers import Replicas, Teacher
-from rayfuse.config.transport import MultiLevelOT, Sinkhorn, WassersteinKL
-from rayfuse.config.vllm import VLLM
+from rayfuse.config.stages.fusion import SFT, ByteKD, InfiFusion, InfiGFusion, Trust
+from rayfuse.config.stages.preferences import DPO, WRPO, FusedPreference, InfiFPO, Preference
+from rayfuse.config.teachers import VLLM, Parity, Replicas, Teacher
 
 __all__ = [
     "DPO",

@@ -37,7 +37,7 @@ class Number(Judge):
 
 
 class UnitTests(Judge):
-    """1 where the response's Python code passes the row's `tests` in a sandbox; else 0. See rayfuse.sandbox."""
+    """1 where the response's Python code passes the row's `tests` in a sandbox; else 0. See evaluation.sandbox."""
 
     needs: ClassVar[Literal["tests"]] = "tests"
     method: Literal["unit_tests"] = "unit_tests"

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from rayfuse.config.methods import STAGES
 from rayfuse.config.run import Config
+from rayfuse.config.stages import STAGES
 from rayfuse.errors import ConfigError
 
 

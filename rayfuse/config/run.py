@@ -9,12 +9,12 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from rayfuse.config.data import Benchmark, Data, Signals
-from rayfuse.config.methods import AnyStage
 from rayfuse.config.models import Model, Student
 from rayfuse.config.prefer import Prefer
 from rayfuse.config.section import Section, named
 from rayfuse.config.serving import Serving
-from rayfuse.config.stages import Distillation
+from rayfuse.config.stages import AnyStage
+from rayfuse.config.stages.base import Distillation
 from rayfuse.config.teachers import Teacher
 
 
@@ -198,3 +198,10 @@ class Config(Section):
     def stage_folder(self, index: int) -> Path:
         """The folder of stage `index` inside the run folder, for example `stages/01-sft`."""
         return Path(self.output) / "stages" / f"{index + 1:02d}-{self.stages[index].method}"
+
+
+def as_teacher(config: Config, name: str, folder: str | None = None) -> Teacher:
+    """The student's model, or the one that a stage left in `folder`, as something that can be scored."""
+    student = config.student
+    model = {"model": folder, "dtype": student.dtype} if folder else student.model_dump(include=set(Model.model_fields))
+    return Teacher.model_validate({**model, "name": name, "cpus": student.cpus, "gpus": student.gpus})

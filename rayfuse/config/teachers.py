@@ -9,9 +9,53 @@ from pydantic import BeforeValidator, Field, model_validator
 from rayfuse.config.endpoint import Endpoint, Stored
 from rayfuse.config.environment import RuntimeEnv
 from rayfuse.config.models import Model
-from rayfuse.config.parity import Parity, ParitySection
 from rayfuse.config.section import Section, named
-from rayfuse.config.vllm import VLLM
+
+
+class Parity(Section):
+    """Whether a teacher's answers are compared with a plain forward of its own weights before they are used."""
+
+    check: bool = Field(True, description="compare; false: trust the serving path as it is")
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="largest mean difference of log-probabilities (nats); default: by dtype, see teachers/parity.py",
+    )
+
+
+def _switch(value: Any) -> Any:
+    return {"check": value} if isinstance(value, bool) else value
+
+
+ParitySection = Annotated[Parity, BeforeValidator(_switch)]
+"""A Parity section, or just true or false."""
+
+
+class VLLM(Section):
+    """A vLLM engine per replica. Its number format is the teacher's `dtype`."""
+
+    tensor_parallel: int = Field(
+        1, ge=1, description="GPUs that one copy is split over, equal to `gpus`; on a CPU: processes"
+    )
+    gpu_memory_utilization: float | None = Field(
+        None,
+        gt=0,
+        le=0.95,
+        description="share of each GPU that the engine takes; default 0.85 of what `gpus` reserves. The rest holds the "
+        "logits of prompts: lower it at out-of-memory",
+    )
+    max_model_len: int | None = Field(
+        None, ge=16, description="longest sequence in tokens; default: the model's context. Lower: less cache is needed"
+    )
+    batched_tokens: int | None = Field(
+        None,
+        ge=64,
+        description="tokens of one engine step; default: as many as memory has room for the logits of, at most "
+        "batch_tokens",
+    )
+    quantization: str | None = Field(
+        None, min_length=1, description="how the engine quantises weights (fp8, bitsandbytes); default: as stored"
+    )
 
 
 class Replicas(Section):

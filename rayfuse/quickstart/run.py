@@ -13,8 +13,8 @@ from rich.console import Console
 
 from rayfuse.config import Config, parse_config
 from rayfuse.errors import CheckpointError
-from rayfuse.fuse import fuse
 from rayfuse.quickstart.world import World, build_world
+from rayfuse.run.fuse import fuse
 
 CACHE = Path("~/.cache/rayfuse")
 MARK = ".rayfuse-quickstart"

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rayfuse.quickstart import models, tasks
+from rayfuse.quickstart import skills, tiny_models
 
 TRAIN_ROWS_PER_SKILL = 4000
 HELDOUT_ROWS_PER_SKILL = 200
@@ -120,20 +120,20 @@ def build_world(
 
 
 def _key(seed: int) -> str:
-    sources = [Path(str(module.__file__)) for module in (models, tasks)] + [Path(__file__)]
+    sources = [Path(str(module.__file__)) for module in (tiny_models, skills)] + [Path(__file__)]
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
     return f"world-{seed}-{digest.hexdigest()[:12]}"
 
 
 def _write_data(world: World, seed: int) -> None:
-    files: tuple[tuple[Path, int, float, tasks.Split], ...] = (
+    files: tuple[tuple[Path, int, float, skills.Split], ...] = (
         (world.train, TRAIN_ROWS_PER_SKILL, WRONG_SHARE, "train"),
         (world.evaluation, HELDOUT_ROWS_PER_SKILL, 0.0, "heldout"),
     )
     for path, n, wrong_share, split in files:
-        rows = [row for skill in EXPERTS for row in tasks.make(skill, n, 1000 + seed, wrong_share, split)]
+        rows = [row for skill in EXPERTS for row in skills.make(skill, n, 1000 + seed, wrong_share, split)]
         Random(seed).shuffle(rows)
-        tasks.write_rows(rows, path)
+        skills.write_rows(rows, path)
 
 
 def train_all(
@@ -155,14 +155,16 @@ def train_one(job: tuple[Recipe, Path]) -> tuple[str, dict[str, float]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = [row for skill, n in recipe.rows.items() for row in tasks.make(skill, n, recipe.seed)]
+        rows = [row for skill, n in recipe.rows.items() for row in skills.make(skill, n, recipe.seed)]
         Random(recipe.seed).shuffle(rows)
-        style = models.STYLES[recipe.name]
-        tokenizer = models.make_tokenizer(style, [f"{row['prompt']}\n{row['response']}" for row in rows[:5000]])
-        model = models.make_model(tokenizer, recipe.seed)
-        samples = models.encode(tokenizer, rows)
-        models.train(model, samples, steps=recipe.steps, batch=32, learning_rate=recipe.learning_rate, seed=recipe.seed)
-        models.save(model, tokenizer, folder)
+        style = tiny_models.STYLES[recipe.name]
+        tokenizer = tiny_models.make_tokenizer(style, [f"{row['prompt']}\n{row['response']}" for row in rows[:5000]])
+        model = tiny_models.make_model(tokenizer, recipe.seed)
+        samples = tiny_models.encode(tokenizer, rows)
+        tiny_models.train(
+            model, samples, steps=recipe.steps, batch=32, learning_rate=recipe.learning_rate, seed=recipe.seed
+        )
+        tiny_models.save(model, tokenizer, folder)
     finally:
         torch.set_num_threads(threads)
     return recipe.name, {"cpu": time.process_time() - cpu, "wall": time.monotonic() - wall}
@@ -172,7 +174,7 @@ def accuracies(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, float]
     """Share of right greedy answers of one saved model, by skill."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    answers = models.answers(model, tokenizer, [row["prompt"] for row in rows])
+    answers = tiny_models.answers(model, tokenizer, [row["prompt"] for row in rows])
     right: dict[str, list[bool]] = {skill: [] for skill in EXPERTS}
     for row, answer in zip(rows, answers, strict=True):
         right[row["skill"]].append(answer == row["response"])

@@ -46,7 +46,7 @@ class Method:
 
     Attributes:
         loss: its loss on one micro-batch.
-        targets: kinds of targets that its prepare tasks make of the teachers' signals, see rayfuse/targets.py.
+        targets: kinds of targets that its prepare tasks make of the teachers' signals, see rayfuse/prepare/targets.py.
         lse_gradient: whether it compares probabilities among the whole vocabulary, and so needs the gradient of the
             log-sum-exp; that costs a third more in the head.
         partial: whether the loss renormalises where a teacher was dropped in a sample (serving.on_missing: drop).

@@ -11,10 +11,9 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Distillation
-from rayfuse.device import on_device
 from rayfuse.losses import HeadOutput
-from rayfuse.stages.infifusion import over_teachers
 from rayfuse.stages.sft import sft_loss
+from rayfuse.stages.tensors import on_device
 
 
 def distill(
@@ -63,3 +62,9 @@ def kept_tokens(head: HeadOutput, batch: FusionBatch, s: int) -> tuple[torch.Ten
     rows_P = on_device(target.rows, device)
     student_Pk = head.picked[rows_P, s * k : (s + 1) * k]
     return student_Pk, on_device(target.logps, device).float(), on_device(target.ids, device) >= 0
+
+
+def over_teachers(stage: Distillation, batch: FusionBatch, distances: list[torch.Tensor]) -> torch.Tensor:
+    """The sum (or mean) over the teachers of w_s times their distance."""
+    total = torch.stack([target.weight * d for target, d in zip(batch.targets, distances, strict=True)]).sum()
+    return total / len(distances) if stage.over_teachers == "mean" else total

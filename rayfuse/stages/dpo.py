@@ -9,7 +9,7 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import DPO
-from rayfuse.stages.infifpo import of_model, of_policy, preference_loss
+from rayfuse.stages.preferences import of_model, of_policy, preference_loss
 
 
 def dpo_loss(

@@ -2,7 +2,7 @@
 
     MinED   the teacher's distributions are brought onto the student's positions by dynamic time warping over the edit
             distance of token strings, and onto its vocabulary by minimum edit distance; where a position finds no
-            partner, the written token has all the mass                                            (see rayfuse/mined)
+            partner, the written token has all the mass                                           (see prepare/min_edit)
     MinCE   of the teachers, each sample takes the one with the lowest cross-entropy per token of its own on the
             response
     L       = (1 - lam) L_SFT + lam tokenmean - SUM_v q(v) log P_student(v)        lam = 0.1
@@ -18,7 +18,7 @@ import torch
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import FuseChat, FuseLLM
 from rayfuse.losses import HeadOutput
-from rayfuse.stages.bytekd import mixed_target_loss
+from rayfuse.stages.mixed_target import mixed_target_loss
 
 
 def fusellm_loss(

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from rayfuse.batch import Counts, FusionBatch, TeacherTarget
-from rayfuse.config import Distillation, RankDistillation
-from rayfuse.device import on_device
+from rayfuse.config import RankDistillation
 from rayfuse.losses import HeadOutput, uld_loss
+from rayfuse.stages.distillation import over_teachers
 from rayfuse.stages.sft import sft_loss
+from rayfuse.stages.tensors import on_device
 
 
 def infifusion_loss(
@@ -58,9 +59,3 @@ def _mean(stage: RankDistillation, head: HeadOutput, target: TeacherTarget, part
     student_PK = head.topk[on_device(target.rows[part], device)]
     teacher_PK = on_device(target.logps[part], device)
     return uld_loss(student_PK, teacher_PK, standardized=stage.standardized, space=stage.space)
-
-
-def over_teachers(stage: Distillation, batch: FusionBatch, distances: list[torch.Tensor]) -> torch.Tensor:
-    """The sum (or mean) over the teachers of w_s times their distance."""
-    total = torch.stack([target.weight * d for target, d in zip(batch.targets, distances, strict=True)]).sum()
-    return total / len(distances) if stage.over_teachers == "mean" else total

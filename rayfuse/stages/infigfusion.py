@@ -26,10 +26,11 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import InfiGFusion
-from rayfuse.device import on_device
 from rayfuse.losses import HeadOutput, gauge, gld_distance, gld_features, gld_graphs, gw_distance
-from rayfuse.stages.infifusion import over_teachers, rank_distance
+from rayfuse.stages.distillation import over_teachers
+from rayfuse.stages.infifusion import rank_distance
 from rayfuse.stages.sft import sft_loss
+from rayfuse.stages.tensors import on_device
 
 Parts = dict[str, torch.Tensor]
 
@@ -65,7 +66,7 @@ def _closed(head: HeadOutput, batch: FusionBatch) -> Callable[[Parts], list[torc
 
 def _exact(head: HeadOutput, batch: FusionBatch) -> Callable[[Parts], list[torch.Tensor]]:
     """The exact distance [B] to each teacher; its couplings are being solved until the result is called for."""
-    from rayfuse.couplings import begin_couplings  # the one part of a loss that needs Ray
+    from rayfuse.stages.couplings import begin_couplings
 
     student_BKK = gld_graphs(gauge(head.topk), _sample(head, batch), len(batch.input_ids))
     teachers = _graphs(head, batch)

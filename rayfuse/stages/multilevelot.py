@@ -21,10 +21,10 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import MultiLevelOT
-from rayfuse.device import on_device
 from rayfuse.losses import HeadOutput
 from rayfuse.losses.transport import channels, sinkhorn_positions
 from rayfuse.stages.distillation import distill, kept_ranks
+from rayfuse.stages.tensors import on_device
 
 
 def multilevelot_loss(

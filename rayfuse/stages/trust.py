@@ -15,7 +15,7 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Trust
-from rayfuse.device import on_device
+from rayfuse.stages.tensors import on_device
 
 
 def trust_loss(

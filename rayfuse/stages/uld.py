@@ -15,9 +15,9 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import ULD
-from rayfuse.device import on_device
 from rayfuse.losses import HeadOutput
 from rayfuse.stages.distillation import distill
+from rayfuse.stages.tensors import on_device
 
 
 def uld_original_loss(

@@ -21,9 +21,9 @@ import torch
 
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import ULDHybrid
-from rayfuse.device import on_device
 from rayfuse.losses import HeadOutput
 from rayfuse.stages.distillation import distill, kept_tokens
+from rayfuse.stages.tensors import on_device
 
 LEAST = 1e-8
 """TRL's lower bound of a probability under the logarithm."""

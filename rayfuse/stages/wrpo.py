@@ -15,7 +15,7 @@ import torch
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import WRPO
 from rayfuse.losses import wrpo_loss
-from rayfuse.stages.infifpo import fuse_teachers, mean_over_prompts, of_model, of_policy
+from rayfuse.stages.preferences import fuse_teachers, mean_over_prompts, of_model, of_policy
 
 
 def wrpo_stage_loss(

@@ -10,9 +10,10 @@ from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rayfuse import resources
+from rayfuse import cluster
 from rayfuse.errors import RayfuseError, StudentError
-from rayfuse.student.worker import StageJob, train_in_group
+from rayfuse.student.job import StageJob
+from rayfuse.student.loop import train_in_group
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def train_group(job: StageJob) -> Path:
         trainer = TorchTrainer(
             train_in_group,
             train_loop_config={"job": job},
-            scaling_config=ScalingConfig(**resources.student_group(student)),
+            scaling_config=ScalingConfig(**cluster.student_group(student)),
             torch_config=TorchConfig(backend="nccl" if student.gpus else "gloo"),
             run_config=RunConfig(
                 name=f"{job.name.replace('/', '-')}-{uuid.uuid4().hex[:8]}",

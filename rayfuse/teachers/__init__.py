@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from rayfuse.config import Teacher
-from rayfuse.data import Sample
-from rayfuse.signals import TopKSignals
+from rayfuse.data.sample import Sample
+from rayfuse.signals.topk import TopKSignals
 
 
 class Backend(Protocol):
@@ -48,13 +48,13 @@ def _transformers(teacher: Teacher, k: int) -> Backend:
 
 
 def _vllm(teacher: Teacher, k: int) -> Backend:
-    from rayfuse.teachers.vllm import VLLMTeacher
+    from rayfuse.teachers.vllm.backend import VLLMTeacher
 
     return VLLMTeacher(teacher, k)
 
 
 def _openai(teacher: Teacher, k: int) -> Backend:
-    from rayfuse.teachers.openai import OpenAITeacher
+    from rayfuse.teachers.openai.backend import OpenAITeacher
 
     return OpenAITeacher(teacher, k)
 

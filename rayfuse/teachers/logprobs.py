@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from rayfuse.errors import SignalError
-from rayfuse.signals import TopKSignals
+from rayfuse.signals.topk import TopKSignals
 
 
 def signals_from_logprobs(

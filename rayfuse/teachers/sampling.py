@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from rayfuse.data import Sample
+from rayfuse.data.sample import Sample
 
 
 def prompt_seed(seed: int, sample: Sample) -> int:

@@ -12,19 +12,13 @@ import numpy as np
 import torch
 
 from rayfuse.config import Teacher
-from rayfuse.data import Sample
+from rayfuse.data.render import Rendered, Renderer
+from rayfuse.data.sample import Sample
 from rayfuse.errors import TeacherError
 from rayfuse.losses import teacher_topk
-from rayfuse.models import (
-    check_output_layer,
-    context_length,
-    load_causal_lm,
-    load_tokenizer,
-    output_layer,
-    vocabulary_size,
-)
-from rayfuse.render import Rendered, Renderer
-from rayfuse.signals import TopKSignals
+from rayfuse.models.loading import context_length, load_causal_lm, load_tokenizer, vocabulary_size
+from rayfuse.models.output_layer import check_output_layer, output_layer
+from rayfuse.signals.topk import TopKSignals
 from rayfuse.teachers.sampling import SeededSampling
 
 

@@ -9,11 +9,11 @@ import ray
 from rich.console import Console
 
 from rayfuse.compare.cell import Bench
+from rayfuse.compare.design import Plan
 from rayfuse.compare.grid import Results, open_cells, run_grid
 from rayfuse.compare.page import write_page
-from rayfuse.compare.plan import Plan
 from rayfuse.compare.tuning import right
-from rayfuse.quickstart.tasks import make, write_rows
+from rayfuse.quickstart.skills import make, write_rows
 from rayfuse.quickstart.world import EXPERTS, World
 
 PLAN = {
@@ -122,7 +122,7 @@ def test_a_changed_plan_does_its_cells_again(bench):
 
 
 def test_the_shipped_plan_is_valid():
-    from rayfuse.compare.plan import load_plan
+    from rayfuse.compare.design import load_plan
 
     plan = load_plan(Path(__file__).parents[2] / "jobs" / "compare.yaml")
     assert len(plan.seeds) >= 5

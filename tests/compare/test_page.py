@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from rayfuse.compare.design import Plan
 from rayfuse.compare.page import write_page
-from rayfuse.compare.plan import Plan
 from rayfuse.quickstart.world import EXPERTS
 
 ITEMS = 40

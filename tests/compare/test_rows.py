@@ -1,8 +1,8 @@
 """Training rows and held-out items of a comparison."""
 
-from rayfuse.compare.plan import Condition, Plan
+from rayfuse.compare.design import Condition, Plan
 from rayfuse.compare.rows import heldout_items, training_rows
-from rayfuse.quickstart.tasks import make, write_rows
+from rayfuse.quickstart.skills import make, write_rows
 from rayfuse.quickstart.world import EXPERTS, World
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rayfuse.compare.plan import Condition
+from rayfuse.compare.design import Condition
 from rayfuse.compare.rows import training_rows
 from rayfuse.compare.texts import pairs_of, responses_of
 

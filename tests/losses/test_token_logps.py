@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_fused_head import HEADS, LargestTensor, head_inputs, naive
 
 from rayfuse.losses import fused_head, token_logps
+from tests.losses.test_fused_head import HEADS, LargestTensor, head_inputs, naive
 
 
 def preference_loss(logps):

@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import load_file
 
 from rayfuse.config import load_config
-from rayfuse.fuse import fuse
+from rayfuse.run.fuse import fuse
 
 pytestmark = pytest.mark.slow
 TEACHERS = ("math", "code")

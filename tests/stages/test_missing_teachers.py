@@ -11,10 +11,10 @@ from rayfuse.batch import Counts, FusionBatch, TeacherTarget
 from rayfuse.config import InfiFPO, InfiFusion, InfiGFusion
 from rayfuse.errors import LossError
 from rayfuse.losses import fuse_logps, fuse_pairs, fused_head
+from rayfuse.prepare.targets import graph_features
 from rayfuse.stages.infifpo import infifpo_loss
 from rayfuse.stages.infifusion import infifusion_loss
 from rayfuse.stages.infigfusion import infigfusion_loss
-from rayfuse.targets import graph_features
 
 H, V, K = 16, 50, 6
 LENGTHS = (5, 9, 7, 2)

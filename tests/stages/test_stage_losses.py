@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from rayfuse.batch import Counts, FusionBatch, TeacherTarget
 from rayfuse.config import SFT, InfiFusion, InfiGFusion
 from rayfuse.losses import fused_head, gw_couplings
+from rayfuse.prepare.targets import graph_features, graph_matrices
 from rayfuse.stages.infifusion import infifusion_loss
 from rayfuse.stages.infigfusion import infigfusion_loss
 from rayfuse.stages.sft import sft_loss
-from rayfuse.targets import graph_features, graph_matrices
 
 N, H, V, K = 23, 16, 50, 6
 
@@ -162,7 +162,7 @@ def test_exact_infigfusion_is_the_minimum_over_all_couplings(monkeypatch):
         sent.append(student.detach().double().numpy())
         return lambda: [torch.from_numpy(gw_couplings(sent[0], graph)) for graph in graphs]
 
-    monkeypatch.setattr("rayfuse.couplings.begin_couplings", begin_couplings)
+    monkeypatch.setattr("rayfuse.stages.couplings.begin_couplings", begin_couplings)
     stage = InfiGFusion(lam=0.4, alpha=30.0, mode="exact")
     loss, parts = infigfusion_loss(stage, fused_head(hidden, weight, labels, K), batch, batch.counts)
     grads = torch.autograd.grad(loss, (hidden, weight))

@@ -7,7 +7,7 @@ import ray
 import yaml
 
 from rayfuse.config import load_config
-from rayfuse.fuse import fuse
+from rayfuse.run.fuse import fuse
 
 pytestmark = pytest.mark.slow
 STEPS = 15

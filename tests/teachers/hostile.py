@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from rayfuse.config import Teacher
-from rayfuse.data import Sample
+from rayfuse.data.sample import Sample
 from rayfuse.errors import TeacherError
-from rayfuse.quickstart.models import STYLES, make_model, make_tokenizer, save
-from rayfuse.quickstart.tasks import make
-from rayfuse.teachers.openai import OpenAITeacher
+from rayfuse.quickstart.skills import make
+from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, save
+from rayfuse.teachers.openai.backend import OpenAITeacher
 from tests.teachers.stand_in import Fault, Handler, StandIn
 
 KEY = "sk-hostile-0123456789"

@@ -12,13 +12,16 @@ import pytest
 import ray
 from ray import serve
 
-from rayfuse import resources
+from rayfuse.cluster import connect
 from rayfuse.config import Data, parse_config
-from rayfuse.data import read_samples
+from rayfuse.data.rows import read_samples
 from rayfuse.errors import TeacherError
-from rayfuse.models import fingerprint
-from rayfuse.teachers import BACKENDS, scaling
-from rayfuse.teachers.deployment import TeacherClient, TeacherReplica, application_name, delete, deploy
+from rayfuse.teachers import BACKENDS
+from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.serving import wishes
+from rayfuse.teachers.serving.applications import application_name, delete, deploy
+from rayfuse.teachers.serving.client import TeacherClient
+from rayfuse.teachers.serving.replica import TeacherReplica
 from rayfuse.teachers.transformers import TransformersTeacher
 
 K = 5
@@ -26,7 +29,7 @@ K = 5
 
 @pytest.fixture(scope="module")
 def cluster(tiny, tmp_path_factory):
-    yield resources.connect(parse_config(tiny.tree(tmp_path_factory.mktemp("serve"))))
+    yield connect(parse_config(tiny.tree(tmp_path_factory.mktemp("serve"))))
     serve.shutdown()  # the handles' threads end before what they listen to
     ray.shutdown()
 
@@ -99,7 +102,7 @@ def test_an_idle_teacher_scales_to_zero_and_comes_back(tiny, tmp_path, cluster):
 
 @pytest.mark.slow
 def test_a_teacher_that_was_removed_is_an_error_that_says_so(tiny, tmp_path, cluster, monkeypatch):
-    monkeypatch.setattr("rayfuse.teachers.deployment.CALL_TIMEOUT_S", 2.0)
+    monkeypatch.setattr("rayfuse.teachers.serving.client.CALL_TIMEOUT_S", 2.0)
     teacher = parse_config(tiny.tree(tmp_path)).teachers[1].model_copy(update={"patience_s": 20.0})
     name = fingerprint(teacher, K)
     deploy([(teacher, name)], K)
@@ -123,7 +126,7 @@ def test_a_copy_whose_unit_never_ends_is_unhealthy(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setitem(BACKENDS, "transformers", Hanging)
     monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(app_name="application"))
-    monkeypatch.setattr(scaling, "outlive", lambda application: None)
+    monkeypatch.setattr(wishes, "outlive", lambda application: None)
     teacher = parse_config(tiny.tree(tmp_path)).teachers[0].model_copy(update={"unit_timeout_s": 0.2})
 
     async def score():

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rayfuse.data.render import Rendered
 from rayfuse.errors import SignalError
-from rayfuse.render import Rendered
 from rayfuse.teachers.logprobs import signals_from_logprobs
-from rayfuse.teachers.vllm import response_signals
+from rayfuse.teachers.vllm.backend import response_signals
 
 V = 40
 

@@ -5,8 +5,8 @@ from rich.console import Console
 
 from rayfuse.config import Teacher
 from rayfuse.errors import TeacherError
-from rayfuse.models import fingerprint
-from rayfuse.teachers import manage
+from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.serving import manage
 
 
 def test_an_endpoint_that_is_away_is_left_out_only_where_it_does_not_matter(tiny, monkeypatch):

@@ -10,10 +10,11 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from rayfuse.config import Data, parse_config
-from rayfuse.data import read_samples
-from rayfuse.models import fingerprint
-from rayfuse.teachers import scaling
-from rayfuse.teachers.deployment import TeacherClient, application_name, borrowed
+from rayfuse.data.rows import read_samples
+from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.serving import wishes
+from rayfuse.teachers.serving.applications import application_name, borrowed
+from rayfuse.teachers.serving.client import TeacherClient
 
 K = 5
 # A lost node is found out within seconds instead of minutes.
@@ -106,4 +107,4 @@ def test_nodes_add_copies_are_drained_and_may_be_lost(tiny, tmp_path, cluster):
             for thread in threads:
                 thread.join()
     assert not wrong
-    assert scaling.wishes(name) == {}
+    assert wishes.wishes(name) == {}

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from rayfuse.config import Data, Teacher
-from rayfuse.data import Sample, read_samples
+from rayfuse.data.rows import read_samples
+from rayfuse.data.sample import Sample
 from rayfuse.errors import DataError, TeacherError
-from rayfuse.models import fingerprint
-from rayfuse.teachers.connection import _seconds
-from rayfuse.teachers.openai import OpenAITeacher
+from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.openai.backend import OpenAITeacher
+from rayfuse.teachers.openai.connection import _seconds
 from rayfuse.teachers.transformers import TransformersTeacher
 from tests.teachers.stand_in import StandIn
 

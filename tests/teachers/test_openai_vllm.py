@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from rayfuse.config import Teacher
-from rayfuse.data import Sample
+from rayfuse.data.sample import Sample
 from rayfuse.errors import TeacherError
-from rayfuse.models import fingerprint
-from rayfuse.teachers.openai import OpenAITeacher
-from rayfuse.teachers.probe import served
+from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.openai.backend import OpenAITeacher
+from rayfuse.teachers.openai.probe import served
 from rayfuse.teachers.transformers import TransformersTeacher
 
 K = 10

@@ -11,16 +11,17 @@ from ray import serve
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rayfuse import resources
+from rayfuse import cluster
 from rayfuse.config import Teacher, parse_config
 from rayfuse.errors import ParityError
-from rayfuse.models import fingerprint
-from rayfuse.quickstart.models import STYLES, make_model, make_tokenizer, save
-from rayfuse.quickstart.tasks import make
-from rayfuse.store import SignalStore
-from rayfuse.teachers.deployment import TeacherReplica, application_name, delete
-from rayfuse.teachers.parity import LONG, PROBES, check_parity, compare
-from rayfuse.teachers.reference import Reference
+from rayfuse.quickstart.skills import make
+from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, save
+from rayfuse.signals.store import SignalStore
+from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.parity.check import LONG, PROBES, check_parity, compare
+from rayfuse.teachers.parity.reference import Reference
+from rayfuse.teachers.serving.applications import application_name, delete
+from rayfuse.teachers.serving.replica import TeacherReplica
 from rayfuse.teachers.transformers import TransformersTeacher
 
 K = 5
@@ -184,7 +185,7 @@ def test_through_the_deployment_once_per_fingerprint(tiny, tmp_path):
     tree = tiny.tree(tmp_path)
     tree["teachers"][0]["parity"] = True
     config = parse_config(tree)
-    resources.connect(config)
+    cluster.connect(config)
     try:
         store = SignalStore(str(tmp_path / "store"))
         teachers = [(teacher, fingerprint(teacher, K)) for teacher in config.teachers]

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from rayfuse.config import parse_config
 from rayfuse.errors import TeacherError
-from rayfuse.fuse import fuse
-from rayfuse.store import SignalStore
+from rayfuse.run.fuse import fuse
+from rayfuse.signals.store import SignalStore
 from tests.teachers.stand_in import StandIn
 
 pytestmark = pytest.mark.slow

@@ -12,29 +12,30 @@ import yaml
 from ray import serve
 from rich.console import Console
 
-from rayfuse import resources
+from rayfuse.cluster import connect
 from rayfuse.config import Data, parse_config
-from rayfuse.data import read_samples
+from rayfuse.data.rows import read_samples
 from rayfuse.errors import ConfigError, TeacherError
-from rayfuse.models import fingerprint
-from rayfuse.teachers import scaling
-from rayfuse.teachers.deployment import TeacherClient, application_name, borrowed, delete, deploy
-from rayfuse.teachers.manage import manage
+from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.serving import wishes
+from rayfuse.teachers.serving.applications import application_name, borrowed, delete, deploy
+from rayfuse.teachers.serving.client import TeacherClient
+from rayfuse.teachers.serving.manage import manage
 
 K = 5
 
 
 @pytest.mark.parametrize(
-    ("wishes", "expected"),
+    ("entries", "expected"),
     [
         ({}, (0, 1)),
         ({"a": (0, 4)}, (0, 4)),
         ({"a": (1, 2), "b": (0, 8)}, (1, 8)),
-        ({"a": (1, 8), scaling.PINNED: (3, 3)}, (3, 3)),
+        ({"a": (1, 8), wishes.PINNED: (3, 3)}, (3, 3)),
     ],
 )
-def test_bounds_are_the_largest_wishes_or_the_pinned_number(wishes, expected):
-    assert scaling.bounds(wishes) == expected
+def test_bounds_are_the_largest_wishes_or_the_pinned_number(entries, expected):
+    assert wishes.bounds(entries) == expected
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def cluster(tiny, tmp_path_factory):
     for teacher in tree["teachers"]:
         teacher["replicas"] = {"max": 2, "idle_s": 2, "upscale_s": 0}
     config = parse_config(tree)
-    resources.connect(config)
+    connect(config)
     yield config
     serve.shutdown()
     ray.shutdown()
@@ -72,7 +73,7 @@ def test_a_shared_teacher_gets_what_its_users_wish_and_is_found_when_scaled(tiny
     with pytest.raises(TeacherError, match="is not up"):
         manage(cluster, "scale", ["math", "2"], shown)
     manage(cluster, "up", [], shown)
-    assert scaling.wishes(name) == {"kept": (0, 2)}
+    assert wishes.wishes(name) == {"kept": (0, 2)}
     first = TeacherClient(*teachers[0]).score(samples)()
     pids = _pids(name)
     assert len(pids) == 1
@@ -80,27 +81,27 @@ def test_a_shared_teacher_gets_what_its_users_wish_and_is_found_when_scaled(tiny
     more = teacher.model_copy(update={"replicas": teacher.replicas.model_copy(update={"min": 1, "max": 5})})
     assert application_name(more, teachers[0][1]) == name, "a run with other bounds finds the same teacher"
     with borrowed([(more, teachers[0][1])], K):
-        assert scaling.resize(name) == (1, 5)
+        assert wishes.resize(name) == (1, 5)
         manage(cluster, "status", [], shown)
         assert "1 run, up" in shown.export_text()
         with pytest.raises(TeacherError, match=r"runs are using these teachers.*math: 1"):
             manage(cluster, "down", [], shown)
-    assert scaling.resize(name) == (0, 2)
+    assert wishes.resize(name) == (0, 2)
 
     manage(cluster, "scale", ["math", "2"], shown)
     deploy(teachers, K)
-    assert scaling.resize(name) == (2, 2), "a run does not undo what was set by hand"
+    assert wishes.resize(name) == (2, 2), "a run does not undo what was set by hand"
     _wait(lambda: _running(name) == 2, "the teacher is not scaled")
     assert pids < _pids(name), "the first copy must live on"
     again = TeacherClient(*teachers[0]).score(samples)()
     assert [item.logps.tobytes() for item in again] == [item.logps.tobytes() for item in first]
-    scaling.withdraw(name, scaling.this_run())
+    wishes.withdraw(name, wishes.this_run())
 
     manage(cluster, "scale", ["math", "0"], shown)
     _wait(lambda: _running(name) == 0, "an idle teacher keeps its copies")
     manage(cluster, "down", [], shown)
     _wait(lambda: name not in serve.status().applications, "the teacher is not removed")
-    assert scaling.wishes(name) == {}
+    assert wishes.wishes(name) == {}
 
 
 def _pids(name):
@@ -164,7 +165,7 @@ def test_a_killed_run_leaves_no_copy_behind(tiny, tmp_path, cluster):
     try:
         assert run.stdout.readline().strip() == "deployed"
         _wait(lambda: _running(name) == 1, "the run's teacher does not start")
-        assert scaling.bounds(scaling.wishes(name)) == (1, 1)
+        assert wishes.bounds(wishes.wishes(name)) == (1, 1)
     finally:
         os.kill(run.pid, signal.SIGKILL)
         run.wait()

@@ -8,13 +8,14 @@ from rich.console import Console
 
 from rayfuse.check import check_config
 from rayfuse.config import Data, parse_config
-from rayfuse.data import read_samples
+from rayfuse.data.rows import read_samples
 from rayfuse.errors import ConfigError, MissingSignalsError
-from rayfuse.models import fingerprint
-from rayfuse.prepare import Preparer, PrepareSpec
-from rayfuse.store import SignalStore
-from rayfuse.teachers.deployment import deploy
-from rayfuse.teachers.store import StoreTeacher
+from rayfuse.prepare.preparer import Preparer
+from rayfuse.prepare.spec import PrepareSpec
+from rayfuse.signals.store import SignalStore
+from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.serving.applications import deploy
+from rayfuse.teachers.stored import StoreTeacher
 from rayfuse.teachers.transformers import TransformersTeacher
 
 K = 5

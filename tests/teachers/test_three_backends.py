@@ -25,11 +25,11 @@ from transformers.integrations.mistral import convert_tekken_tokenizer
 from jobs.smollm2_world import library_docstrings, package_file, qwen_tokenizer
 from jobs.vllm_server import start_server
 from rayfuse.config import parse_config
-from rayfuse.fuse import fuse
-from rayfuse.models import fingerprint
-from rayfuse.quickstart.models import STYLES, make_model, make_tokenizer, save
-from rayfuse.teachers.deployment import application_name
-from rayfuse.teachers.manage import manage
+from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, save
+from rayfuse.run.fuse import fuse
+from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.serving.applications import application_name
+from rayfuse.teachers.serving.manage import manage
 from tests.real_tokenizers import TEKKEN
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

@@ -9,9 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayfuse.config import Model, Teacher
-from rayfuse.data import Sample, read_samples
+from rayfuse.data.rows import read_samples
+from rayfuse.data.sample import Sample
 from rayfuse.errors import ModelError, TeacherError
-from rayfuse.models import check_output_layer, fingerprint, output_layer, vocabulary_size
+from rayfuse.models.loading import vocabulary_size
+from rayfuse.models.output_layer import check_output_layer, output_layer
+from rayfuse.teachers.identity import fingerprint
 from rayfuse.teachers.sampling import SeededSampling
 from rayfuse.teachers.transformers import TransformersTeacher, length_batches
 
@@ -160,7 +163,7 @@ def test_fingerprint_names_all_that_answers_depend_on(tiny, tmp_path):
 
 
 def test_pickled_weights_are_refused(tiny, tmp_path):
-    from rayfuse.models import load_causal_lm
+    from rayfuse.models.loading import load_causal_lm
 
     AutoTokenizer.from_pretrained(tiny.model("code")).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tiny.model("code"))

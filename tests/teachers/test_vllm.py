@@ -20,11 +20,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from jobs.smollm2_world import human_eval_problems
 from jobs.vllm_server import ROOT
-from rayfuse import resources
+from rayfuse.cluster import connect
 from rayfuse.config import Teacher, parse_config
-from rayfuse.data import Sample
-from rayfuse.models import fingerprint
-from rayfuse.teachers.deployment import TeacherClient, application_name, delete, deploy
+from rayfuse.data.sample import Sample
+from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.serving.applications import application_name, delete, deploy
+from rayfuse.teachers.serving.client import TeacherClient
 from rayfuse.teachers.transformers import TransformersTeacher
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -182,7 +183,7 @@ def cluster(smollm2_folder, vllm_python, tmp_path_factory):
         "output": str(folder / "run"),
     }
     config = parse_config(tree).absolute()
-    yield resources.connect(config), config.teachers[0]
+    yield connect(config), config.teachers[0]
     ray.shutdown()
 
 

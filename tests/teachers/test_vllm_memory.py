@@ -6,7 +6,7 @@ import pytest
 from transformers import LlamaConfig
 
 from rayfuse.errors import TeacherError
-from rayfuse.teachers.vllm_memory import Shape, cpu_cache, cpu_tokens, engine_share, gpu_tokens, model_shape
+from rayfuse.teachers.vllm.memory import Shape, cpu_cache, cpu_tokens, engine_share, gpu_tokens, model_shape
 
 GIB = 2**30
 QWEN_14B = Shape(vocabulary=152_064, dtype="bfloat16", weights=29 * GIB, cache_per_token=196_608)

@@ -2,12 +2,13 @@
 
 import pytest
 
-from rayfuse import environments
 from rayfuse.config import Teacher, parse_config
 from rayfuse.errors import ConfigError, TeacherError
-from rayfuse.models import context_length, fingerprint, load_model_config, teacher_context
-from rayfuse.teachers import vllm as backend
-from rayfuse.teachers.vllm import engine_arguments, unsplit_groups
+from rayfuse.models.loading import context_length, load_model_config
+from rayfuse.teachers import environments
+from rayfuse.teachers.identity import fingerprint, teacher_context
+from rayfuse.teachers.vllm import backend
+from rayfuse.teachers.vllm.backend import engine_arguments, unsplit_groups
 
 K = 5
 

@@ -1,0 +1,1 @@
+"""What a run measures: the metrics, their records, and the line on the terminal."""

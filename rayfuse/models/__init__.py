@@ -1,0 +1,1 @@
+"""Models as files and as modules: loading, output layers, shards and merges."""

@@ -1,0 +1,199 @@
+"""Prepare: one unit of samples -> one packed FusionBatch, ready for a student's micro-step.
+
+    samples -> signal store (hit) ---------------------+-> aligned to the student's rows -> FusionBatch
+            -> teacher (miss: the whole unit) -> store -+
+
+Plain Python; `tasks.prepare_unit` is the Ray task around it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rayfuse.batch import FusionBatch, TeacherTarget
+from rayfuse.config import Teacher
+from rayfuse.data.render import Rendered, Renderer
+from rayfuse.data.sample import Sample
+from rayfuse.errors import MissingSignalsError, RayfuseError, TeacherGoneError
+from rayfuse.models.loading import load_tokenizer
+from rayfuse.prepare.spec import INITIAL, PrepareSpec, Scorer
+from rayfuse.prepare.targets import TARGETS, ScoredUnit, bare_targets, fields_read
+from rayfuse.prepare.vocabulary import Vocabularies
+from rayfuse.signals.store import SignalStore
+from rayfuse.signals.topk import TopKSignals
+
+log = logging.getLogger(__name__)
+GONE_PAUSE_S = 5.0
+"""Pause before a teacher that is gone is asked again, where a run waits for it."""
+
+
+class Preparer:
+    """Makes FusionBatches. Holds tokenizers, the store and the teachers' clients between units."""
+
+    def __init__(self, spec: PrepareSpec, ask: Callable[[Teacher, str], Scorer]) -> None:
+        """Args: the spec, and how to reach a (teacher, fingerprint)."""
+        self.spec = spec
+        self.renderer = Renderer(load_tokenizer(spec.student))
+        self.store = SignalStore(spec.store)
+        self.vocabularies = Vocabularies(self.renderer, [teacher for teacher, _ in spec.teachers])
+        self.fields = fields_read(spec.targets)
+        self.scorers = [ask(teacher, fingerprint) for teacher, fingerprint in spec.teachers]
+        self.gone: dict[str, float] = {}
+
+    def __call__(self, samples: Sequence[Sample]) -> FusionBatch:
+        """The batch of one unit.
+
+        Raises:
+            RayfuseError: a sample cannot be rendered or aligned, or a teacher cannot answer; the sample is named.
+        """
+        begun = time.perf_counter()
+        stats: dict[str, float] = {}
+        signals = self.signals(samples, stats)
+        rendered = [self._render(sample) for sample in samples]
+        batch = _pack_batch(rendered, bare_targets(self.spec), stats)
+        unit = ScoredUnit(self.spec, self.vocabularies, samples, rendered, signals)
+        for kind in self.spec.targets if self.spec.teachers else ():
+            batch = TARGETS[kind](unit, batch)
+        if self.spec.on_missing == "drop":
+            batch = _with_answered(batch, signals)
+        stats["cut"] = sum(item.cut > 0 for item in rendered)
+        stats["seconds"] = time.perf_counter() - begun
+        return batch
+
+    def _render(self, sample: Sample) -> Rendered:
+        try:
+            return self.renderer.render(sample, self.spec.max_length)
+        except RayfuseError as error:
+            raise type(error)(f"sample {sample.key[:12]} ({sample.response!r:.60}): {error}") from error
+
+    def signals(self, samples: Sequence[Sample], stats: dict[str, float]) -> list[list[TopKSignals | None]]:
+        """Per teacher the signals of each sample: from the store, and from the teacher where one is missing there.
+
+        A teacher always scores a whole call, so that an answer computed again has the same bits; what the store already
+        holds is used as it is, and read no further than the targets need. A call is the unit; of preference pairs the
+        chosen responses are one call and the rejected ones another, for an earlier stage may have learnt from the
+        chosen ones. All calls are sent before the first is waited for. Where on_missing is "drop", None stands for what
+        a teacher that is gone has not answered.
+        """
+        sides = max(1, len(self.spec.stage.sides)) if self.spec.stage is not None else 1
+        calls = [range(side, len(samples), sides) for side in range(sides)]
+        found = [[self.store.get(fp, sample.key, self.fields) for sample in samples] for _, fp in self.spec.teachers]
+        asked = [
+            [
+                (call, scorer.score([samples[i] for i in call]))
+                for call in calls
+                if any(of_teacher[i] is None for i in call) and not self._is_gone(teacher)
+            ]
+            for scorer, of_teacher, (teacher, _) in zip(self.scorers, found, self.spec.teachers, strict=True)
+        ]
+        signals: list[list[TopKSignals | None]] = []
+        for (teacher, fp), scorer, of_teacher, waits in zip(
+            self.spec.teachers, self.scorers, found, asked, strict=True
+        ):
+            stats[f"stored/{teacher.name}"] = sum(item is not None for item in of_teacher)
+            stats[f"forwarded/{teacher.name}"] = sum(len(call) for call, _ in waits)
+            complete = list(of_teacher)
+            for call, wait in waits:
+                answers = self._answers(teacher, scorer, [samples[i] for i in call], wait)
+                if answers is None:
+                    continue
+                if len(answers) != len(call):
+                    raise MissingSignalsError(
+                        f"teacher {teacher.name} answered {len(answers)} of {len(call)} samples of a call"
+                    )
+                for i, answer in zip(call, answers, strict=True):
+                    if complete[i] is None:
+                        self.store.put(fp, samples[i].key, answer)
+                        complete[i] = answer
+            signals.append(complete)
+        stats["damaged"] = self.store.damaged
+        self.store.damaged = 0
+        if self.spec.on_missing == "drop":
+            self._drop(samples, signals, stats)
+        return signals
+
+    def _answers(
+        self, teacher: Teacher, scorer: Scorer, samples: Sequence[Sample], wait: Callable[[], list[TopKSignals]]
+    ) -> list[TopKSignals] | None:
+        """What the teacher says; None where it is gone and may be dropped."""
+        while True:
+            try:
+                return wait()
+            except TeacherGoneError as error:
+                if self.spec.on_missing == "fail" or (self.spec.on_missing == "drop" and teacher.name == INITIAL):
+                    raise
+                log.warning("%s (serving.on_missing: %s)", error, self.spec.on_missing)
+                if self.spec.on_missing == "drop":
+                    self.gone[teacher.name] = time.monotonic()
+                    return None
+                time.sleep(GONE_PAUSE_S)
+                wait = scorer.score(samples)
+
+    def _is_gone(self, teacher: Teacher) -> bool:
+        """Whether the teacher was found gone a moment ago: each unit would lose its whole patience again."""
+        since = self.gone.get(teacher.name)
+        return since is not None and time.monotonic() - since < teacher.patience_s
+
+    def _drop(
+        self, samples: Sequence[Sample], signals: list[list[TopKSignals | None]], stats: dict[str, float]
+    ) -> None:
+        """Count what is dropped. A preference pair is dropped as a whole, so that both sides are fused from the same.
+
+        Raises:
+            MissingSignalsError: no teacher at all has signals for a sample.
+        """
+        if self.spec.stage is not None and self.spec.stage.uses_preferences:
+            sides = len(self.spec.stage.sides)
+            for of_teacher in signals:
+                for b in range(0, len(of_teacher), sides):
+                    if None in of_teacher[b : b + sides]:
+                        of_teacher[b : b + sides] = [None] * sides
+        fused = [s for s, (teacher, _) in enumerate(self.spec.teachers) if teacher.name != INITIAL]
+        for s in fused:
+            stats[f"dropped/{self.spec.teachers[s][0].name}"] = sum(item is None for item in signals[s])
+        for b, sample in enumerate(samples):
+            if fused and all(signals[s][b] is None for s in fused):
+                raise MissingSignalsError(
+                    f"no teacher has signals for sample {sample.key[:12]} ({sample.response!r:.60}): there is nothing "
+                    "to go on with, although serving.on_missing is drop"
+                )
+
+
+def _with_answered(batch: FusionBatch, signals: Sequence[Sequence[TopKSignals | None]]) -> FusionBatch:
+    targets = [
+        replace(target, answered=np.array([item is not None for item in of_teacher]))
+        for target, of_teacher in zip(batch.targets, signals, strict=True)
+    ]
+    return replace(batch, targets=tuple(targets))
+
+
+def _pack_batch(
+    rendered: Sequence[Rendered], targets: tuple[TeacherTarget, ...], stats: dict[str, float]
+) -> FusionBatch:
+    B = len(rendered)
+    T = max(item.length for item in rendered) - 1  # the end-of-turn token itself is predicted, never read
+    input_ids_BT = np.zeros((B, T), dtype=np.int64)
+    mask_BT = np.zeros((B, T), dtype=np.int64)
+    positions, labels, sample = [], [], []
+    for b, item in enumerate(rendered):
+        p, n = len(item.prompt_ids), len(item.response_ids)
+        input_ids_BT[b, :p] = item.prompt_ids
+        input_ids_BT[b, p : p + n - 1] = item.response_ids[:-1]
+        mask_BT[b, : p + n - 1] = 1
+        positions.append(b * T + p - 1 + np.arange(n))
+        labels.append(item.response_ids)
+        sample.append(np.full(n, b))
+    return FusionBatch(
+        input_ids=input_ids_BT,
+        attention_mask=mask_BT,
+        positions=np.concatenate(positions),
+        labels=np.concatenate(labels),
+        sample=np.concatenate(sample),
+        targets=targets,
+        stats=stats,
+    )

@@ -1,0 +1,1 @@
+"""What people read of a run: result table, report page and model card."""

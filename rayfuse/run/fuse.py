@@ -1,0 +1,142 @@
+"""A run from end to end: data -> units -> each stage in turn -> evaluation -> model, card and report.
+
+OUTPUT/config.json            the resolved configuration, written before anything starts
+OUTPUT/metrics.jsonl          one record per optimiser step
+OUTPUT/signals/               the teachers' answers (unless signals.store says otherwise)
+OUTPUT/stages/01-sft/         checkpoints and the stage's model
+OUTPUT/model/                 the fused model, complete, in Hugging Face format
+OUTPUT/results.json           data counts, evaluation and times
+OUTPUT/report.html
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rayfuse import cluster
+from rayfuse.check.data import check_evaluation
+from rayfuse.check.machine import check_environments, check_machine, check_serving
+from rayfuse.config import Config, TeacherStage
+from rayfuse.errors import ConfigError
+from rayfuse.evaluation.models import evaluate_all
+from rayfuse.metrics.live import LiveLine
+from rayfuse.report.card import write_card
+from rayfuse.report.page import write_report
+from rayfuse.run.folder import Stopwatch, open_run_folder
+from rayfuse.run.pairwise import train_pairwise
+from rayfuse.run.sources import KINDS, UnitSource, load_source, needed_sides
+from rayfuse.run.stage_job import stage_job
+from rayfuse.run.teachers_first import fill
+from rayfuse.signals.store import SignalStore
+from rayfuse.student.group import train_group
+from rayfuse.teachers.http.served import served
+from rayfuse.teachers.identity import _fingerprints, describe
+from rayfuse.teachers.parity.check import check_parity
+from rayfuse.teachers.serving import applications
+
+
+def fuse(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Run all stages and return the folder of the fused model.
+
+    Args:
+        config: the run.
+        resume: go on with what `output` already holds; without it, `output` must be new.
+        console: where progress goes.
+
+    Raises:
+        RayfuseError: anything that cannot go on; whatever was done stays, and `resume` goes on from there.
+    """
+    console = console or Console()
+    config = config.absolute()
+    _refuse_faults(config)
+    open_run_folder(config, resume)
+    timed = Stopwatch(Path(config.output) / "times.json")
+    with timed("start Ray"):
+        embedded = cluster.connect(config)
+    short = cluster.shortage(config)
+    if short:
+        console.print(f"this run asks for {short}: it waits where it has no room, until nodes join or others end")
+    with timed("read data"):
+        sources = {sides: load_source(config, sides, console) for sides in needed_sides(config)}
+    with timed("identify teachers"):
+        fingerprints = _fingerprints(config)
+        describe(config, fingerprints)
+    teachers = [(teacher, fingerprints[teacher.name]) for teacher in config.teachers if fingerprints]
+    if teachers:
+        with timed("check teachers"):
+            check_parity(teachers, config.signals.k, SignalStore(config.store_url), console, [config.student])
+    with served(teachers, config.signals.k, config.serving.http, console):
+        _train_stages(config, fingerprints, sources, timed, console)
+    counts = {KINDS[len(sides)][0]: asdict(source.counts) for sides, source in sources.items()}
+    results: dict[str, Any] = {**counts, "models": [], "times": timed.seconds}
+    if config.evaluate is not None:
+        with timed("evaluate"):
+            if embedded:  # nobody else uses these teachers: their memory is free for the evaluation
+                applications.delete(teachers)
+            results["models"] = evaluate_all(config)
+    return _finish(config, results)
+
+
+def _train_stages(
+    config: Config,
+    fingerprints: dict[str, str],
+    sources: Mapping[tuple[str, ...], UnitSource],
+    timed: Stopwatch,
+    console: Console,
+) -> None:
+    """Every stage that is not done yet, each from the model before it."""
+    for index in range(len(config.stages)):
+        name = config.stage_folder(index).name
+        if (config.stage_folder(index) / "model").exists():
+            console.print(f"{name} is done already")
+            continue
+        with timed(name):
+            job = stage_job(config, index, fingerprints, sources)
+            first = config.serving.mode == "first"
+            if first:
+                fill(job, console)
+            with (
+                applications.borrowed(() if first else job.spec.teachers, config.signals.k),
+                LiveLine(Path(config.output) / "metrics.jsonl", console),
+            ):
+                if isinstance(job.stage, TeacherStage) and job.stage.merge is not None:
+                    train_pairwise(job, job.stage.merge)
+                else:
+                    train_group(job)
+
+
+def _refuse_faults(config: Config) -> None:
+    """The checks whose faults would otherwise show only at the end of a long run, or never.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    faults = [
+        finding
+        for check in (check_machine, check_environments, check_serving, check_evaluation)
+        for finding in check(config)
+        if finding.fault
+    ]
+    if faults:
+        raise ConfigError("; ".join(f"{fault.where}: {fault.text}" for fault in faults))
+
+
+def _finish(config: Config, results: dict[str, Any]) -> Path:
+    """The fused model's folder with its card, results.json and the report."""
+    output = Path(config.output)
+    half = output / ".model.half"
+    shutil.rmtree(half, ignore_errors=True)
+    shutil.copytree(config.stage_folder(len(config.stages) - 1) / "model", half)
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_card(half / "README.md", config, results)
+    shutil.rmtree(output / "model", ignore_errors=True)
+    half.rename(output / "model")
+    write_report(output)
+    return output / "model"

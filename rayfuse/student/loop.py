@@ -1,0 +1,179 @@
+"""The training loop of one student worker: units in, optimiser steps out.
+
+It always begins at the newest checkpoint of its stage, so a restarted worker group, a resumed run and a first start are
+the same thing.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ray.exceptions import RayError
+
+from rayfuse.batch import Counts, FusionBatch
+from rayfuse.config import Stage
+from rayfuse.errors import MissingSignalsError, RayfuseError, StudentError
+from rayfuse.metrics.records import MetricsWriter, read_metrics
+from rayfuse.prepare.spec import INITIAL
+from rayfuse.stages import METHODS, ranks
+from rayfuse.student.checkpoint import latest_checkpoint, restore_random_state, save_checkpoint
+from rayfuse.student.engines import ENGINES
+from rayfuse.student.engines.ddp import TorchEngine
+from rayfuse.student.job import StageJob
+from rayfuse.student.stream import UnitStream, units_of
+
+
+def learning_rate(stage: Stage, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to zero. `step` counts from 0."""
+    warm = math.ceil(stage.warmup * steps)
+    if step < warm:
+        return stage.learning_rate * (step + 1) / warm
+    return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def train_in_group(loop_config: dict[str, StageJob]) -> None:
+    """`train` in a worker of a Ray Train group; `loop_config["job"]` is the job."""
+    import ray.train
+
+    context = ray.train.get_context()
+    world = context.get_world_size()
+    try:
+        train(loop_config["job"], rank=context.get_world_rank(), world=world)
+    except torch.OutOfMemoryError as error:
+        raise StudentError(
+            f"out of memory on the student's device: lower unit_size (samples of one micro-step) or max_length of the "
+            f"data, or set student.gradient_checkpointing: true. {error}"
+        ) from error
+    except (RayfuseError, RayError):
+        raise
+    except Exception as error:
+        if world > 1 and isinstance(error, RuntimeError):
+            raise  # the loss of another worker shows as a broken connection: the group may start again
+        raise StudentError(f"the training loop failed: {type(error).__name__}: {error}") from error
+
+
+def train(job: StageJob, rank: int, world: int) -> None:
+    """Train one stage to its end, as worker `rank` of `world`, and write its model to `model/`."""
+    config, stage = job.config, job.stage
+    device = torch.device("cuda" if config.student.gpus else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(config.student.cpus)))
+    checkpoint = latest_checkpoint(job.folder, job.identity)
+    done = checkpoint.step if checkpoint is not None else 0
+    stream = UnitStream(job, units_of(job, rank, world, done))  # the teachers answer while the weights load
+    torch.manual_seed(config.seed + rank)  # dropout must differ between workers
+    engine = ENGINES[config.student.engine](config.student, job.start, stage, device)
+    if checkpoint is not None:
+        engine.load_state({"weights": checkpoint.load("weights"), "optimizer": checkpoint.load("optimizer")})
+        restore_random_state(checkpoint, rank)
+    found = engine.sum_over_workers(np.array([done, done**2], dtype=np.float64))
+    if found[0] != world * done or found[1] != world * done**2:
+        raise StudentError(
+            f"worker {rank} goes on from step {done}, others from another: is {config.output} one file system for all?"
+        )
+
+    metrics = Path(config.output) / "metrics.jsonl"
+    dropped = sum(_dropped(record) for record in read_metrics(metrics) if _before(job, record, done))
+    writer = MetricsWriter(metrics) if rank == 0 else None
+    for step in range(done + 1, job.steps + 1):
+        begun = time.perf_counter()
+        batches = stream.take(job.units_per_step // world)
+        record = _step(job, engine, batches, learning_rate(stage, step - 1, job.steps))
+        seconds = time.perf_counter() - begun
+        waited, stream.waited = stream.waited, 0.0
+        if writer is not None:
+            speed = {
+                "seconds": seconds,
+                "tokens_per_second": record["tokens"] / seconds,
+                "wait_share": waited / seconds,
+            }
+            writer.write({"stage": job.name, "step": step, "steps": job.steps, **record, **speed})
+        dropped += _dropped(record)
+        _refuse_too_many(job, dropped)
+        if step % stage.save_every == 0 and step < job.steps:
+            _save(job, engine, step, rank, world)
+    if rank == 0:
+        write_model(engine, job.folder)
+    engine.barrier()
+
+
+def _step(job: StageJob, engine: TorchEngine, batches: list[FusionBatch], rate: float) -> dict[str, float]:
+    """One optimiser step over this worker's batches; returns what it measured, summed over the workers."""
+    method, k = METHODS[job.stage.method], ranks(job.config, job.stage)
+    counts = engine.sum_over_workers(np.sum([batch.counts.as_array() for batch in batches], axis=0))
+    totals = Counts.of_array(counts, len(job.spec.teachers))
+    parts_of: list[dict[str, Any]] = []
+    for index, batch in enumerate(batches):
+        with engine.accumulate(last=index == len(batches) - 1):
+            output = engine.forward(batch, k, method.lse_gradient)
+            loss, parts = method.loss(job.stage, output, batch, totals)
+            engine.backward(loss)
+        parts_of.append({"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}})
+    # Read at the end: reading a value makes the host wait for the device.
+    measured: dict[str, float] = {}
+    for batch, parts in zip(batches, parts_of, strict=True):
+        values: dict[str, Any] = {**parts, **batch.stats}
+        for name, value in values.items():
+            measured[name] = measured.get(name, 0.0) + float(value)
+    # Every worker has the same parts, so their sums can travel as one array in the order of the names.
+    names = sorted(measured.keys() - {"seconds"})
+    summed = engine.sum_over_workers(np.array([measured[name] for name in names]))
+    record = dict(zip(names, summed.tolist(), strict=True))
+    if "gradient_ratio" in record:
+        record["gradient_ratio"] /= job.units_per_step
+    for s, (teacher, _) in enumerate(job.spec.teachers if "ranks" in method.targets else ()):
+        record[f"aligned_share/{teacher.name}"] = totals.pairs[s] / totals.tokens
+    return {**record, "tokens": totals.tokens, "learning_rate": rate, "gradient_norm": engine.step(rate)}
+
+
+def _dropped(record: Mapping[str, Any]) -> float:
+    """The (sample, teacher) pairs that were dropped in a step."""
+    return sum(value for name, value in record.items() if name.startswith("dropped/"))
+
+
+def _before(job: StageJob, record: Mapping[str, Any], done: int) -> bool:
+    return record["stage"] == job.name and record["step"] <= done
+
+
+def _refuse_too_many(job: StageJob, dropped: float) -> None:
+    """Raises MissingSignalsError where more is dropped than `serving.max_dropped` of the whole stage's pairs."""
+    teachers = sum(teacher.name != INITIAL for teacher, _ in job.spec.teachers)
+    sides = max(1, len(job.stage.sides))
+    pairs = job.steps * job.stage.batch_size * sides * teachers
+    allowed = job.config.serving.max_dropped * pairs
+    if dropped > allowed:
+        raise MissingSignalsError(
+            f"stage {job.name}: {dropped:,.0f} (sample, teacher) pairs were dropped because a teacher was gone, more "
+            f"than {job.config.serving.max_dropped:.2%} (serving.max_dropped) of the stage's {pairs:,}; bring the "
+            "teacher back and go on with --resume, or allow more"
+        )
+
+
+def _save(job: StageJob, engine: TorchEngine, step: int, rank: int, world: int) -> None:
+    state = engine.state() if rank == 0 else {}
+    save_checkpoint(
+        job.folder,
+        step,
+        job.identity,
+        state,
+        rank=rank,
+        world=world,
+        barrier=engine.barrier,
+        keep=job.stage.keep,
+    )
+
+
+def write_model(engine: TorchEngine, folder: Path) -> None:
+    """The stage's result: `model/`, which has its name only when it is complete."""
+    half = folder / ".model.half"
+    shutil.rmtree(half, ignore_errors=True)
+    engine.export(half)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    half.rename(folder / "model")

@@ -1,0 +1,1 @@
+"""The teachers of a run, asked by people over HTTP."""

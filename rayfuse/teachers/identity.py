@@ -1,0 +1,127 @@
+"""Who a teacher is: its fingerprint, and what is left in the store for others to know it by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rayfuse.config import Config, Model, Teacher
+from rayfuse.config.public import public_name
+from rayfuse.errors import ModelError
+from rayfuse.models.loading import WEIGHT_FILES, context_length, load_model_config, load_tokenizer
+from rayfuse.signals.store import SignalStore
+from rayfuse.teachers.environments import engine_version
+
+
+def _fingerprints(config: Config) -> dict[str, str]:
+    """Each teacher's fingerprint, by its name; none where no stage asks a teacher."""
+    if not any(stage.uses_teachers for stage in config.stages):
+        return {}
+    with ThreadPoolExecutor(4) as pool:
+        prints = pool.map(lambda teacher: fingerprint(teacher, config.signals.k), config.teachers)
+        return {teacher.name: print_ for teacher, print_ in zip(config.teachers, prints, strict=True)}
+
+
+def describe(config: Config, fingerprints: Mapping[str, str]) -> None:
+    """Leave word in the store whose signals a fingerprint stands for, so that a `store` teacher can name them."""
+    store = SignalStore(config.store_url)
+    for teacher in config.teachers:
+        if teacher.name in fingerprints and teacher.stored is None:
+            about = {"name": teacher.name, "model": public_name(teacher.model), "backend": teacher.backend}
+            store.describe(fingerprints[teacher.name], {**about, "k": config.signals.k})
+
+
+RENDERING = 1
+"""Version of what render and the backends make of a sample; a change there that changes answers must raise it."""
+
+
+def teacher_context(teacher: Teacher) -> int | None:
+    """Tokens of prompt and response that a teacher reads: by its configuration, or as its server says.
+
+    None where nobody tells. Stored signals have no limit of their own.
+    """
+    if teacher.backend == "store":
+        return None
+    if teacher.backend == "openai":
+        from rayfuse.teachers.openai.probe import served
+
+        return served(teacher).context
+    length = context_length(load_model_config(teacher))
+    if teacher.vllm is None:
+        return length
+    lengths = [item for item in (length, teacher.vllm.max_model_len) if item is not None]
+    return min(lengths) - 1 if lengths else None  # the engine insists on room for a token that it writes
+
+
+def fingerprint(teacher: Teacher, k: int) -> str:
+    """The name of everything that a teacher's answers depend on: 32 hex digits.
+
+    Weights (revision, or the hashes of the files), tokenizer, chat template, context length, K, dtype and backend; of
+    vLLM also its quantisation and version. For an endpoint, whose weights nobody here sees: its address, the model's
+    name, `revision` and what the server calls the weights' origin; not the key, not the time, not the server's version
+    or limits.
+
+    Raises:
+        ModelError: the model's files cannot be found.
+        TeacherError: an endpoint does not answer, or does not serve the model.
+    """
+    if teacher.stored is not None:
+        if teacher.stored.fingerprint is not None:
+            return teacher.stored.fingerprint
+        writer = {"backend": teacher.stored.backend, "stored": None}
+        return fingerprint(teacher.model_copy(update=writer), k)
+    tokenizer = load_tokenizer(teacher)
+    parts = {
+        "weights": _weights_identity(teacher),
+        "tokenizer": _sha(tokenizer.backend_tokenizer.to_str().encode()),
+        "template": _sha(json.dumps(tokenizer.chat_template, sort_keys=True).encode()),
+        "context": teacher_context(teacher),
+        "k": k,
+        "dtype": None if teacher.endpoint else teacher.dtype,
+        "backend": teacher.backend,
+        "ends": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "rendering": RENDERING,
+    }
+    if teacher.vllm is not None:
+        parts["quantization"] = teacher.vllm.quantization
+        parts["engine"] = engine_version(teacher)
+    return _sha(json.dumps(parts, sort_keys=True).encode())[:32]
+
+
+def _weights_identity(model: Teacher) -> str:
+    if model.endpoint is not None:
+        from rayfuse.teachers.openai.probe import served
+
+        return json.dumps([model.endpoint.url, model.endpoint.model, model.revision, served(model).root])
+    folder = Path(model.model)
+    if not folder.is_dir():
+        return f"{model.model}@{_hub_commit(model)}"
+    names = [folder / model.gguf_file] if model.gguf_file else sorted(folder.glob(WEIGHT_FILES))
+    files = [path for path in [*names, folder / "config.json"] if path.exists()]
+    if not files:
+        raise ModelError(f"{model.model} holds no weights ({model.gguf_file or WEIGHT_FILES})")
+    with ThreadPoolExecutor(4) as pool:
+        hashes = pool.map(_sha_file, files)
+        return _sha("".join(f"{path.name}:{digest};" for path, digest in zip(files, hashes, strict=True)).encode())
+
+
+def _hub_commit(model: Model) -> str:
+    if model.revision and re.fullmatch(r"[0-9a-f]{40}", model.revision):
+        return model.revision
+    commit = getattr(load_model_config(model), "_commit_hash", None)
+    if not commit:
+        raise ModelError(f"cannot tell which commit of {model.model} is used; set `revision` to a commit hash")
+    return str(commit)
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sha_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

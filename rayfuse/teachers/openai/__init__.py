@@ -1,0 +1,1 @@
+"""Teachers behind a completion server: no weights are shared."""

@@ -1,0 +1,1 @@
+"""Teachers as elastic Ray Serve applications."""

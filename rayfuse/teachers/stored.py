@@ -1,0 +1,59 @@
+"""A teacher that is only its stored signals: for later epochs, and for a student without a network or the weights.
+
+Nothing is loaded, deployed or asked. Which signals they are is told by the fingerprint under which they were written:
+the configuration names it, or it is worked out from the same model's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from rayfuse.config import Teacher
+from rayfuse.data.sample import Sample
+from rayfuse.errors import MissingSignalsError
+from rayfuse.signals.store import SignalStore
+from rayfuse.signals.topk import TopKSignals
+
+
+class StoreTeacher:
+    """What `TeacherClient` is for live teachers: asked for a unit, it can only say which sample is missing."""
+
+    def __init__(self, teacher: Teacher, fingerprint: str, store: str) -> None:
+        """Args: the teacher, the fingerprint of its signals, and the URL of the store."""
+        self.teacher = teacher
+        self.fingerprint = fingerprint
+        self.store = SignalStore(store)
+
+    def score(self, samples: Sequence[Sample]) -> Callable[[], list[TopKSignals]]:
+        """The unit's signals; asked only where one of them is missing in the store, so that this raises.
+
+        Raises (when waiting):
+            MissingSignalsError: names the first sample that has none.
+        """
+
+        def wait() -> list[TopKSignals]:
+            found = [self.store.get(self.fingerprint, sample.key) for sample in samples]
+            for sample, signals in zip(samples, found, strict=True):
+                if signals is None:
+                    self._missing(sample)
+            return [signals for signals in found if signals is not None]
+
+        return wait
+
+    def _missing(self, sample: Sample) -> NoReturn:
+        raise MissingSignalsError(missing_text(self.teacher, self.fingerprint, self.store, sample))
+
+
+def missing_text(teacher: Teacher, fingerprint: str, store: SignalStore, sample: Sample) -> str:
+    """What to say where a sample has no signals of a `store` teacher."""
+    there = store.known()
+    if fingerprint in there:
+        advice = "run these data once with this teacher's live backend and the same store, or leave the sample out"
+    else:
+        names = ", ".join(f"{name} ({about.get('name', 'unnamed')})" for name, about in sorted(there.items())) or "none"
+        advice = f"the store holds no signals of this fingerprint at all; it holds: {names}. Set stored.fingerprint"
+    return (
+        f"teacher {teacher.name} has no signals of sample {sample.key[:12]} ({sample.response!r:.60}) in {store.url}, "
+        f"fingerprint {fingerprint}, and its backend is `store`, which asks nobody: {advice}"
+    )

@@ -1,0 +1,1 @@
+"""Teachers in a vLLM engine."""

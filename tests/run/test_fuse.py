@@ -1,0 +1,312 @@
+"""Whole runs on an embedded Ray, as a user starts them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rayfuse.config import parse_config
+from rayfuse.errors import CheckpointError, TeacherError
+from rayfuse.metrics.records import read_metrics
+from rayfuse.run.fuse import fuse
+
+RAYFUSE = str(Path(sys.executable).with_name("rayfuse"))
+SKILLS = {"math", "code", "instruct"}
+
+
+def _metrics(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """An embedded Ray that ends with this module."""
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory, cluster):
+    """A finished run: SFT, then two passes of InfiFusion over all data, evaluated."""
+    output = tmp_path_factory.mktemp("runs") / "tiny"
+    common = {"batch_size": 16, "learning_rate": 1e-3}
+    tree = tiny.tree(
+        output,
+        stages=[{"method": "sft", "steps": 3, **common}, {"method": "infifusion", "epochs": 2, "lam": 0.2, **common}],
+        evaluate={"path": str(tiny.root / "eval.jsonl"), "max_new_tokens": 8},
+    )
+    assert fuse(parse_config(tree)) == output / "model"
+    return output
+
+
+def test_run_folder_is_complete(run):
+    assert {path.name for path in run.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "signals",
+        "stages",
+        "model",
+        "results.json",
+        "report.html",
+    }
+    assert parse_config(json.loads((run / "config.json").read_text())).output == str(run)
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert tokenizer.chat_template
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert "infifusion" in (run / "model" / "README.md").read_text()
+
+
+def test_each_teacher_forwards_each_text_once(run):
+    """Two passes over 120 samples: the second finds everything in the store."""
+    records = [record for record in _metrics(run) if record["stage"] == "02-infifusion"]
+    for teacher in ("math", "code"):
+        assert sum(record[f"forwarded/{teacher}"] for record in records) == 120
+        assert sum(record[f"stored/{teacher}"] for record in records) == 120
+
+
+def test_both_stages_learn(run):
+    """The weights move, and the distance to both teachers falls."""
+    records = [record for record in _metrics(run) if record["stage"] == "02-infifusion"]
+    for teacher in ("math", "code"):
+        distances = [record[f"loss_uld/{teacher}"] for record in records]
+        assert sum(distances[-4:]) < sum(distances[:4])
+        assert all(0.2 < record[f"aligned_share/{teacher}"] <= 1 for record in records)
+    pivot = load_file(Path(json.loads((run / "config.json").read_text())["student"]["model"]) / "model.safetensors")
+    sft = load_file(run / "stages/01-sft/model/model.safetensors")
+    fused = load_file(run / "stages/02-infifusion/model/model.safetensors")
+    assert any(not pivot[name].equal(sft[name]) for name in pivot)
+    assert any(not sft[name].equal(fused[name]) for name in sft)
+
+
+def test_every_model_is_evaluated_on_the_same_items(run):
+    models = json.loads((run / "results.json").read_text())["models"]
+    assert [(model["name"], model["role"]) for model in models] == [
+        ("math", "teacher"),
+        ("code", "teacher"),
+        ("pivot", "pivot"),
+        ("sft", "stage"),
+        ("infifusion", "stage"),
+    ]
+    for model in models:
+        assert {skill: score["total"] for skill, score in model["accuracy"].items()} == {
+            **dict.fromkeys(SKILLS, 8),
+            "all": 24,
+        }
+        low, high = model["bits_per_byte_interval"]
+        assert low < model["bits_per_byte"] < high
+    by_name = {model["name"]: model["bits_per_byte"] for model in models}
+    assert by_name["infifusion"] < by_name["sft"] < by_name["pivot"]
+
+
+def test_a_finished_run_is_not_overwritten_and_resume_does_nothing_again(run):
+    config = parse_config(json.loads((run / "config.json").read_text()))
+    with pytest.raises(CheckpointError, match="--resume"):
+        fuse(config)
+    before = len(_metrics(run))
+    fuse(config.model_copy(update={"evaluate": None}), resume=True)
+    assert len(_metrics(run)) == before
+    with pytest.raises(CheckpointError, match="seed"):
+        fuse(config.model_copy(update={"seed": 9}), resume=True)
+
+
+def test_the_three_methods_in_one_run(tiny, tmp_path, cluster):
+    """SFT, InfiFusion, InfiGFusion, InfiFPO and DPO, each from the model before it; signals are shared."""
+    common = {"steps": 15, "batch_size": 16, "learning_rate": 1e-3}
+    methods = ("sft", "infifusion", "infigfusion", "infifpo", "dpo")
+    stages = [{"method": method, **common, **({"beta": 1.0} if method == "infifpo" else {})} for method in methods]
+    preferences = {"path": str(tiny.root / "pairs.jsonl"), "unit_size": 8, "max_length": 200}
+    fuse(parse_config(tiny.tree(tmp_path / "run", stages=stages, preferences=preferences)))
+    records = _metrics(tmp_path / "run")
+    of_stage = {name: [r for r in records if r["stage"].endswith(name)] for name in methods}
+    assert {name: len(of) for name, of in of_stage.items()} == dict.fromkeys(methods, 15)
+    # 120 samples, 15 steps of 16: every text twice. The first of these stages asks, the second finds all in the store.
+    assert sum(r["forwarded/math"] for r in of_stage["infifusion"]) == 120
+    assert sum(r["forwarded/math"] for r in of_stage["infigfusion"]) == 0
+    assert all(r["gradient_ratio"] > 0 for r in of_stage["infigfusion"])
+    # Two passes over 120 pairs, whose chosen texts are those of the data: each text is forwarded once in the whole run.
+    for teacher in ("math", "code"):
+        assert sum(r.get(f"forwarded/{teacher}", 0) for r in records) == 2 * 120
+    assert [sum(r["forwarded/initial"] for r in of_stage[name]) for name in ("infifpo", "dpo")] == [240, 240]
+    for name in ("infifpo", "dpo"):
+        assert of_stage[name][-1]["loss"] < of_stage[name][0]["loss"]
+        assert of_stage[name][-1]["margin"] > of_stage[name][0]["margin"]
+    assert of_stage["dpo"][0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert of_stage["dpo"][0]["margin"] == pytest.approx(0, abs=1e-3)
+    assert (tmp_path / "run/report.html").exists()
+
+
+PAIRWISE = {"method": "infifusion", "steps": 3, "batch_size": 16, "learning_rate": 1e-3}
+
+
+def _students(folder):
+    parts = ("math/model", "code/model", "model")
+    return [load_file(folder / "stages/01-infifusion" / part / "model.safetensors") for part in parts]
+
+
+@pytest.mark.slow
+def test_pairwise_infifusion_trains_a_student_per_teacher_and_merges_them(tiny, tmp_path, cluster):
+    """With task arithmetic and weights 1/S the result is the mean; side by side or one by one, it is the same bits."""
+    for name, parallel in (("together", 2), ("in turn", 1)):
+        stage = {**PAIRWISE, "merge": {"method": "task_arithmetic", "parallel": parallel}}
+        fuse(parse_config(tiny.tree(tmp_path / name, stages=[stage])))
+    math, code, merged = _students(tmp_path / "together")
+    assert any(not math[name].equal(code[name]) for name in math)
+    for name, value in merged.items():
+        assert (value - (math[name] + code[name]) / 2).abs().max() < 1e-6
+    for one, other in zip((math, code, merged), _students(tmp_path / "in turn"), strict=True):
+        assert all(one[name].numpy().tobytes() == other[name].numpy().tobytes() for name in one)
+    records = _metrics(tmp_path / "together")
+    steps = {(record["stage"], record["step"]) for record in records}
+    assert steps == {(f"01-infifusion/{name}", step) for name in ("math", "code") for step in (1, 2, 3)}
+    assert len(records) == 6
+    assert all("loss_uld/code" not in record for record in records if record["stage"].endswith("math"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "together/model")
+
+
+@pytest.mark.slow
+def test_a_teacher_that_fails_costs_the_other_student_nothing(tiny, tmp_path, cluster):
+    """One of two teachers cannot start: the other's student is kept, and a resume trains the missing one only."""
+    broken = shutil.copytree(tiny.model("code"), tmp_path / "code")
+    (broken / "model.safetensors").rename(tmp_path / "weights")
+    (broken / "model.safetensors").write_bytes(b"torn")
+    tree = tiny.tree(tmp_path / "run", stages=[{**PAIRWISE, "merge": {"method": "sce", "parallel": 2}}])
+    tree["teachers"][1]["model"] = str(broken)
+    with pytest.raises(TeacherError, match=r"01-infifusion/code .*math trained and kept(.|\n)*cannot start"):
+        fuse(parse_config(tree))
+    math = (tmp_path / "run/stages/01-infifusion/math/model/model.safetensors").read_bytes()
+    (tmp_path / "weights").rename(broken / "model.safetensors")
+    fuse(parse_config(tree), resume=True)
+    assert (tmp_path / "run/stages/01-infifusion/math/model/model.safetensors").read_bytes() == math
+    steps = [(record["stage"], record["step"]) for record in _metrics(tmp_path / "run")]
+    assert sorted(steps) == sorted((f"01-infifusion/{name}", step) for name in ("math", "code") for step in (1, 2, 3))
+
+
+def test_a_teacher_that_cannot_start_ends_the_run_with_its_cause(tiny, tmp_path, cluster):
+    """The replica's own error reaches the user, instead of waiting for a teacher that never comes."""
+    tree = tiny.tree(tmp_path / "run")
+    tree["signals"]["k"] = 10_000
+    with pytest.raises(TeacherError, match=r"cannot start(.|\n)*has only \d+ tokens"):
+        fuse(parse_config(tree))
+
+
+def _start(config: Path, *arguments: str) -> subprocess.Popen:
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return subprocess.Popen(
+        [RAYFUSE, "fuse", str(config), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.chaos
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(tiny, tmp_path):
+    """Twins: one run of 40 steps goes through, the other loses its driver to SIGKILL and is resumed."""
+    stage = {"method": "infifusion", "steps": 40, "batch_size": 16, "learning_rate": 1e-3, "save_every": 5}
+    configs = {}
+    for name in ("whole", "killed"):
+        tree = tiny.tree(tmp_path / name, stages=[stage])
+        configs[name] = tmp_path / f"{name}.yaml"
+        configs[name].write_text(yaml.safe_dump(tree))
+    whole = _start(configs["whole"])
+    output, _ = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output
+
+    killed = _start(configs["killed"])
+    folder = tmp_path / "killed"
+    deadline = time.monotonic() + 300
+    while len(_metrics(folder)) < 7:
+        assert killed.poll() is None, killed.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    stage_folder = folder / "stages/01-infifusion"
+    assert not (stage_folder / "model").exists()
+    assert (stage_folder / "checkpoints").exists()
+    time.sleep(3)
+
+    resumed = _start(configs["killed"], "--resume")
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    steps = [record["step"] for record in _metrics(folder)]
+    assert steps[-1] == 40
+    assert steps.count(1) == 1, "the resumed run must go on from a checkpoint, not from the start"
+    mine = load_file(folder / "model/model.safetensors")
+    twin = load_file(tmp_path / "whole/model/model.safetensors")
+    assert set(mine) == set(twin)
+    for name, value in twin.items():
+        assert mine[name].numpy().tobytes() == value.numpy().tobytes()
+
+
+@pytest.mark.chaos
+def test_a_pipeline_killed_in_its_third_stage_and_resumed_ends_with_the_same_bits(tiny, tmp_path):
+    """Twins of SFT, InfiFusion, InfiGFusion, InfiFPO; finished stages stay, and no text is forwarded twice."""
+    methods = ("sft", "infifusion", "infigfusion", "infifpo")
+    common = {"steps": 15, "batch_size": 16, "learning_rate": 1e-3, "save_every": 2}
+    configs = {}
+    for name in ("whole", "killed"):
+        stages = [{"method": method, **common} for method in methods]
+        preferences = {"path": str(tiny.root / "pairs.jsonl"), "unit_size": 8, "max_length": 200}
+        configs[name] = tmp_path / f"{name}.yaml"
+        configs[name].write_text(yaml.safe_dump(tiny.tree(tmp_path / name, stages=stages, preferences=preferences)))
+    whole = _start(configs["whole"])
+    output, _ = whole.communicate(timeout=900)
+    assert whole.returncode == 0, output
+
+    killed, folder = _start(configs["killed"]), tmp_path / "killed"
+    deadline = time.monotonic() + 900
+    while sum(record["stage"] == "03-infigfusion" for record in _metrics(folder)) < 4:
+        assert killed.poll() is None, killed.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    stages = folder / "stages"
+    assert [(stages / f"{i:02d}-{m}/model").exists() for i, m in enumerate(methods, 1)] == [True, True, False, False]
+    time.sleep(3)
+
+    resumed = _start(configs["killed"], "--resume")
+    output, _ = resumed.communicate(timeout=900)
+    assert resumed.returncode == 0, output
+    assert "02-infifusion is done already" in output
+    for i, method in enumerate(methods, 1):
+        steps = [record["step"] for record in _metrics(folder) if record["stage"] == f"{i:02d}-{method}"]
+        assert sorted(set(steps)) == list(range(1, 16))
+        assert steps.count(1) == 1, "a stage goes on from its checkpoint"
+        mine, twin = (load_file(tmp_path / n / f"stages/{i:02d}-{method}/model/model.safetensors") for n in configs)
+        assert all(mine[name].numpy().tobytes() == twin[name].numpy().tobytes() for name in twin)
+    for name in configs:
+        for teacher in ("math", "code"):
+            assert sum(r.get(f"forwarded/{teacher}", 0) for r in read_metrics(tmp_path / name / "metrics.jsonl")) == 240
+
+
+@pytest.mark.slow
+def test_two_workers_reach_what_one_reaches(tiny, tmp_path):
+    """DDP over two workers: the same global batches, so the same weights up to the order of additions."""
+    stage = {"method": "infifusion", "steps": 6, "batch_size": 32, "learning_rate": 1e-3}
+    weights = []
+    for workers in (1, 2):
+        tree = tiny.tree(tmp_path / str(workers), stages=[stage])
+        tree["student"]["workers"] = workers
+        config = tmp_path / f"{workers}.yaml"
+        config.write_text(yaml.safe_dump(tree))
+        process = _start(config)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        weights.append(load_file(tmp_path / str(workers) / "model/model.safetensors"))
+    for name, value in weights[0].items():
+        assert (value - weights[1][name]).abs().max() < 2e-4
