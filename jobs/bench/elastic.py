@@ -81,7 +81,7 @@ def seconds_until(condition: Callable[[], bool]) -> float:
 def over_http(named: Named, samples: Sequence[Sample], units: int) -> None:
     """Bytes and tokens per second of HTTP against the object store."""
     os.environ["RAYFUSE_HTTP_TOKEN"] = TOKEN
-    rows = [{"prompt": sample.messages[0][1], "response": sample.response} for sample in samples]
+    rows = [{"prompt": sample.messages[0].content, "response": sample.response} for sample in samples]
     body = json.dumps({"teacher": "bench", "samples": rows}).encode()
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
     client = TeacherClient(*named)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -21,7 +22,7 @@ import ray
 from rayfuse.compare.design import Condition, Plan
 from rayfuse.compare.rows import Row, rows_name, training_rows, write_once
 from rayfuse.config import Teacher
-from rayfuse.data.sample import Sample
+from rayfuse.data.sample import Message, Sample
 from rayfuse.quickstart.world import EXPERTS, World
 from rayfuse.teachers.transformers import TransformersTeacher
 
@@ -59,15 +60,15 @@ def _prompts(rows: list[Row]) -> list[str]:
 def _write(writer: str, folder: Path, prompts: list[str], plan: Plan, temperature: float, seed: int) -> list[Row]:
     """One response of one model to each prompt, with its log-probability per token of the model's own."""
     backend = TransformersTeacher(Teacher(model=str(folder), name=writer, dtype="float32"), k=2)
-    samples = [Sample((("user", prompt),), "-") for prompt in prompts]
+    samples = [Sample((Message("user", prompt),), "-") for prompt in prompts]
     answers = backend.generate(
         samples, max_new_tokens=plan.sizes.max_new_tokens, batch_size=200, temperature=temperature, seed=seed
     )
-    written = [Sample(s.messages, answer) for s, answer in zip(samples, answers, strict=True) if answer]
+    written = [replace(s, response=answer) for s, answer in zip(samples, answers, strict=True) if answer]
     signals = [s for i in range(0, len(written), 64) for s in backend.score(written[i : i + 64])]
     return [
         {
-            "prompt": sample.messages[0][1],
+            "prompt": sample.messages[0].content,
             "writer": writer,
             "response": sample.response,
             "logp": float(answer.token_logps.mean()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rayfuse.config import Data
@@ -28,7 +28,7 @@ class Prompt:
 
     def answered(self, response: str) -> Sample:
         """The prompt with a response."""
-        return Sample(self.sample.messages, response, self.sample.skill)
+        return replace(self.sample, response=response)
 
 
 def read_prompts(data: Data, needs: str = "", *, first: int | None = None) -> tuple[list[Prompt], DataCounts]:
@@ -60,8 +60,8 @@ def prompts_of_row(row: Any, needs: str = "") -> list[Prompt]:
     skill = text_of(row.get("skill") or "", "'skill'")
     if row.get("messages") is not None:
         messages = messages_of(row["messages"], "messages")
-        if messages[-1][0] == "assistant":
-            prompts = [Prompt(Sample(s.messages, "", s.skill), s.response) for s in samples_of_row(row)]
+        if messages[-1].role == "assistant":
+            prompts = [Prompt(replace(s, response=""), s.response) for s in samples_of_row(row)]
         else:
             prompts = [Prompt(Sample(messages, "", skill))]
     elif "prompt" in row:

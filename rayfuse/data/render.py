@@ -62,7 +62,7 @@ class Renderer:
         self.end_of_turn = self._find_end_of_turn()
         self.bos = self._find_bos()
 
-    def _template(self, messages: list[dict[str, str]], *, open_turn: bool) -> str:
+    def _template(self, messages: list[dict[str, Any]], *, open_turn: bool) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=open_turn, strftime_now=TODAY.strftime
@@ -107,9 +107,8 @@ class Renderer:
     def prompt_text(self, sample: Sample) -> str:
         """The text that stands before the response."""
         if self.plain:
-            return "\n\n".join(content for _, content in sample.messages)
-        messages = [{"role": role, "content": content} for role, content in sample.messages]
-        return self._template(messages, open_turn=True)
+            return sample.plain_text
+        return self._template(sample.turns, open_turn=True)
 
     def prompt_ids(self, sample: Sample) -> np.ndarray:
         """int64 [p], at least one token: what the model reads before the response.

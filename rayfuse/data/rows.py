@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 
 from rayfuse.config import Data
-from rayfuse.data.sample import PAIR, ROLES, Compared, DataCounts, Parsed, Sample
+from rayfuse.data.sample import PAIR, ROLES, Compared, DataCounts, Message, Parsed, Sample, Turns
 from rayfuse.errors import DataError
 
 # --- rows -> samples ------------------------------
@@ -129,10 +129,10 @@ def samples_of_row(row: Any) -> list[Sample]:
     _encodable(skill, "'skill'")
     if row.get("messages") is not None:
         messages = messages_of(row["messages"], "messages")
-        turns = [index for index, (role, _) in enumerate(messages) if role == "assistant"]
+        turns = [index for index, message in enumerate(messages) if message.role == "assistant"]
         if not turns:
             raise DataError("'messages' has no assistant turn to learn from")
-        return [Sample(messages[:i], _response(messages[i][1], "an assistant turn"), skill) for i in turns]
+        return [Sample(messages[:i], _response(messages[i].content, "an assistant turn"), skill) for i in turns]
     if "prompt" in row and "response" in row:
         return [Sample(prompt_of(row["prompt"]), _response(row["response"], "'response'"), skill)]
     raise DataError(f"a row needs 'messages', or 'prompt' and 'response'; it has {sorted(map(str, row))}")
@@ -153,9 +153,10 @@ def compared_of_row(row: Any, sides: Sequence[str] = PAIR) -> Compared:
     for name in sides:
         value = row[name]
         if isinstance(value, (list, tuple)):
-            role, value = messages_of(value, name)[-1]
-            if role != "assistant":
-                raise DataError(f"'{name}' must end with an assistant turn, not {role}")
+            last = messages_of(value, name)[-1]
+            if last.role != "assistant":
+                raise DataError(f"'{name}' must end with an assistant turn, not {last.role}")
+            value = last.content
         responses.append(_response(value, f"'{name}'"))
     for name, response in zip(sides[:-1], responses, strict=False):
         if response == responses[-1]:
@@ -163,13 +164,13 @@ def compared_of_row(row: Any, sides: Sequence[str] = PAIR) -> Compared:
     return tuple(Sample(prompt, response) for response in responses)
 
 
-def prompt_of(value: Any) -> tuple[tuple[str, str], ...]:
+def prompt_of(value: Any) -> Turns:
     """A prompt's messages: those given, or one of the user."""
-    return (("user", _encodable(value, "prompt")),) if isinstance(value, str) else messages_of(value, "prompt")
+    return (Message("user", _encodable(value, "prompt")),) if isinstance(value, str) else messages_of(value, "prompt")
 
 
-def messages_of(value: Any, name: str) -> tuple[tuple[str, str], ...]:
-    """Checked (role, content) pairs; `name` is what an error calls them."""
+def messages_of(value: Any, name: str) -> Turns:
+    """Checked messages; `name` is what an error calls them."""
     if not isinstance(value, (list, tuple)) or not value:
         raise DataError(f"'{name}' must be a non-empty list of messages, not {value!r:.60}")
     messages = []
@@ -182,7 +183,7 @@ def messages_of(value: Any, name: str) -> tuple[tuple[str, str], ...]:
         if not isinstance(content, str):
             raise DataError(f"{name}[{index}]: content must be text, not {type(content).__name__}")
         _encodable(content, f"{name}[{index}]")
-        messages.append((role, content))
+        messages.append(Message(role, content))
     return tuple(messages)
 
 

@@ -82,9 +82,9 @@ def _lot(seed: int, prompt: Prompt, response: Response) -> str:
 
 def _row(prefer: Prefer, prompt: Prompt, sides: dict[str, Response]) -> dict[str, Any]:
     messages = prompt.sample.messages
-    alone = len(messages) == 1 and messages[0][0] == "user"
+    alone = len(messages) == 1 and messages[0].role == "user" and not messages[0].fields
     row: dict[str, Any] = {
-        "prompt": messages[0][1] if alone else [{"role": role, "content": content} for role, content in messages],
+        "prompt": messages[0].content if alone else prompt.sample.turns,
         **{side: response.text for side, response in sides.items()},
     }
     if prompt.sample.skill:

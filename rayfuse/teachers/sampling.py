@@ -19,7 +19,8 @@ def prompt_seed(seed: int, sample: Sample) -> int:
 
     A backend that takes a seed per request is given this one.
     """
-    text = json.dumps([seed, sample.messages], ensure_ascii=False, separators=(",", ":"))
+    named = [seed, [message.identity() for message in sample.messages]]
+    text = json.dumps(named, ensure_ascii=False, separators=(",", ":"))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") >> 1
 
 

@@ -15,7 +15,7 @@ MORE = {"role": "user", "content": "and 3?"}
 
 
 def of(row, needs=""):
-    return [(list(p.sample.messages), p.answer, p.tests) for p in prompts_of_row(row, needs)]
+    return [([(m.role, m.content) for m in p.sample.messages], p.answer, p.tests) for p in prompts_of_row(row, needs)]
 
 
 def test_rows_of_every_form():

@@ -20,7 +20,7 @@ CHAT = Sample((("user", "Hello"), ("assistant", "Hi."), ("user", "Count to 12345
 
 def template_text(tokenizer, sample):
     """What the template writes for the whole conversation, the response as its last turn."""
-    turns = [{"role": role, "content": content} for role, content in sample.messages]
+    turns = sample.turns
     return tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": sample.response}], tokenize=False)
 
 

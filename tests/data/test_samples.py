@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rayfuse.config import Data
 from rayfuse.data.rows import compared_of_row, read_preferences, read_samples, samples_of_row
-from rayfuse.data.sample import PAIR, Sample
+from rayfuse.data.sample import PAIR, Message, Sample
 from rayfuse.errors import DataError
 from rayfuse.prepare.units import LENGTH_WINDOW, make_units, share_out, unit_order
 
@@ -371,7 +371,7 @@ def test_preferences_are_the_named_responses_to_one_prompt(tmp_path):
     path = write(tmp_path / "pairs.jsonl", [row, as_messages])
     pairs, counts = read_preferences(Data(path=path))
     assert [[sample.response for sample in pair] for pair in pairs] == [["4", "5"], ["4", "5"]]
-    assert {sample.messages for pair in pairs for sample in pair} == {(("user", "2 + 2?"),)}
+    assert {sample.messages for pair in pairs for sample in pair} == {(Message("user", "2 + 2?"),)}
     assert counts.samples == 2
     triples, counts = read_preferences(Data(path=path, on_bad_row="skip"), TRIPLE)
     assert [[sample.response for sample in triple] for triple in triples] == [["4", "four", "5"]]

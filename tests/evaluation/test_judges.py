@@ -46,7 +46,7 @@ def test_reward_model_gives_what_transformers_gives_one_by_one(tiny, tmp_path, p
     tokenizer = AutoTokenizer.from_pretrained(path)
     expected = []
     for prompt, response in PAIRS:
-        turns = [{"role": "user", "content": prompt.sample.messages[0][1]}, {"role": "assistant", "content": response}]
+        turns = [*prompt.sample.turns, {"role": "assistant", "content": response}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         with torch.no_grad():

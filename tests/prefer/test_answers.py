@@ -22,7 +22,7 @@ class Writer:
 
     def generate(self, samples, **options):
         self.calls.append(options)
-        return lambda: [f"{s.messages[0][1]} {options['seed']} \ud800" for s in samples][self.lost :]
+        return lambda: [f"{s.messages[0].content} {options['seed']} \ud800" for s in samples][self.lost :]
 
 
 def source(folder):

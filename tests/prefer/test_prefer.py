@@ -100,7 +100,7 @@ def test_rows_are_what_the_reward_model_says(made, tiny, reward_model, prompts):
     assert len(rows) > 10
     for row in rows:
         prompt = by_key[row["provenance"]["prompt"]]
-        assert row["prompt"] == prompt.sample.messages[0][1]
+        assert row["prompt"] == prompt.sample.messages[0].content
         texts = {"teachers": [], "pivot": []}
         for print_, given in answers[prompt.sample.key].items():
             assert len(given) == 2

@@ -67,7 +67,7 @@ def test_batch_holds_every_sample_as_the_student_reads_it(tiny, world):
     tokenizer = AutoTokenizer.from_pretrained(tiny.model("pivot"))
     for b, sample in enumerate(samples):
         whole = tokenizer.apply_chat_template(
-            [{"role": "user", "content": sample.messages[0][1]}, {"role": "assistant", "content": sample.response}],
+            [*sample.turns, {"role": "assistant", "content": sample.response}],
             tokenize=False,
         )
         ids = tokenizer.encode(whole, add_special_tokens=False)

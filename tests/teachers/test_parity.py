@@ -69,7 +69,7 @@ def _refused(teacher, reference, answers, templates=None):
 def test_the_reference_is_what_transformers_says_alone(folder, reference):
     """The reference itself against the model called by hand on one probe."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    text = f"<s>[INST]{PROBES['short'].messages[0][1]}[/INST]"
+    text = f"<s>[INST]{PROBES['short'].messages[0].content}[/INST]"
     prompt = tokenizer.encode(text, add_special_tokens=False)
     ids = [*prompt, *tokenizer.encode("Yes.", add_special_tokens=False), tokenizer.eos_token_id]
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_a_bfloat16_teacher_passes_as_bfloat16_but_not_as_float32(teacher, refer
 
 
 def test_a_prompt_without_template(teacher, reference, backend):
-    backend.renderer.prompt_text = lambda sample: "\n\n".join(content for _, content in sample.messages)
+    backend.renderer.prompt_text = lambda sample: sample.plain_text
     assert "cause: template. It reads the prompt as plain text" in _refused(teacher, reference, _answers(backend))
 
 

@@ -37,7 +37,7 @@ def test_signals_equal_the_full_logits_of_transformers(tiny, teacher):
     model = AutoModelForCausalLM.from_pretrained(tiny.model("code"), dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny.model("code"))
     for sample, signals in zip(_samples(tiny), teacher.score(_samples(tiny)), strict=True):
-        messages = [{"role": role, "content": content} for role, content in sample.messages]
+        messages = sample.turns
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
         response_ids = tokenizer.encode(sample.response, add_special_tokens=False)

@@ -50,7 +50,7 @@ class RewardModelJudge:
     def token_ids(self, prompt: Prompt, response: str) -> list[int]:
         """What the model reads of one response."""
         if self.tokenizer.chat_template:
-            turns = [*prompt.sample.messages, ("assistant", response)]
+            turns = [*prompt.sample.turns, {"role": "assistant", "content": response}]
             text = self.tokenizer.apply_chat_template(
                 [{"role": role, "content": content} for role, content in turns],
                 tokenize=False,
@@ -58,7 +58,7 @@ class RewardModelJudge:
             )
             ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:
-            ids = self.tokenizer.encode("\n\n".join(content for _, content in prompt.sample.messages), response)
+            ids = self.tokenizer.encode(prompt.sample.plain_text, response)
         return list(ids[-self.context :] if self.context else ids)
 
     @torch.inference_mode()

@@ -28,7 +28,7 @@ from rayfuse import __version__
 from rayfuse.config import Http, Teacher
 from rayfuse.data.render import Renderer
 from rayfuse.data.rows import samples_of_row
-from rayfuse.data.sample import Sample
+from rayfuse.data.sample import Message, Sample, Turns
 from rayfuse.errors import AlignmentError, DataError, RayfuseError, TeacherGoneError
 from rayfuse.models.loading import load_tokenizer
 from rayfuse.signals.codec import pack
@@ -156,7 +156,7 @@ class Front:
         self._at_most(len(samples), "samples (assistant turns)")
         return await self.ask(request.teacher, lambda client: client.score(samples))
 
-    async def generate(self, request: Sampling, conversations: Sequence[tuple[tuple[str, str], ...]]) -> list[str]:
+    async def generate(self, request: Sampling, conversations: Sequence[Turns]) -> list[str]:
         """An answer to each conversation."""
         self.known(request.model)
         self._at_most(len(conversations), "prompts")
@@ -175,7 +175,7 @@ class Front:
         )
 
     def counted(
-        self, request: Sampling, conversations: Sequence[tuple[tuple[str, str], ...]], answers: Sequence[str]
+        self, request: Sampling, conversations: Sequence[Turns], answers: Sequence[str]
     ) -> tuple[list[str], dict[str, int]]:
         """Why each answer ended, and OpenAI's `usage`, in the teacher's own tokens."""
         renderer = self._renderer(request.model)
@@ -227,7 +227,7 @@ def _routes(app: FastAPI, front: Front) -> None:
     async def completions(body: CompletionRequest) -> dict[str, Any]:
         """Complete prompts (OpenAI's form). Each prompt is read as one user turn in the teacher's chat template."""
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-        conversations = [(("user", prompt),) for prompt in prompts]
+        conversations = [(Message("user", prompt),) for prompt in prompts]
         answers = await front.generate(body, conversations)
         reasons, usage = await run_in_threadpool(front.counted, body, conversations, answers)
         choices = [
@@ -239,7 +239,7 @@ def _routes(app: FastAPI, front: Front) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest) -> dict[str, Any]:
         """Continue a conversation (OpenAI's form)."""
-        conversation = tuple((message.role, message.content) for message in body.messages)
+        conversation = tuple(Message(message.role, message.content) for message in body.messages)
         answers = await front.generate(body, [conversation])
         reasons, usage = await run_in_threadpool(front.counted, body, [conversation], answers)
         message = {"role": "assistant", "content": answers[0]}

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from rayfuse.config import Teacher
-from rayfuse.data.sample import Sample
+from rayfuse.data.sample import Message, Sample
 from rayfuse.errors import TeacherError
 from rayfuse.teachers.openai.completions import (
     READERS,
@@ -27,7 +27,7 @@ from rayfuse.teachers.openai.completions import (
 from rayfuse.teachers.openai.connection import Connection, HttpError
 
 PROBE = Sample(
-    (("user", "What is 12345 + 67?\n\n\tdef f(x): return x"),), "It is 12412.\n\nNaïve 世界 🙂, isn't it?  Yes."
+    (Message("user", "What is 12345 + 67?\n\n\tdef f(x): return x"),), "It is 12412.\n\nNaïve 世界 🙂, isn't it?  Yes."
 )
 """What the probe scores: digits, white space, code, and characters of two, three and four bytes."""
 LIMIT = 2**22

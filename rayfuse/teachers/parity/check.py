@@ -22,7 +22,7 @@ from rich.console import Console
 from rayfuse import cluster
 from rayfuse.config import Model, Teacher
 from rayfuse.data.render import Renderer
-from rayfuse.data.sample import Sample
+from rayfuse.data.sample import Message, Sample
 from rayfuse.errors import ParityError, RayfuseError, TeacherError
 from rayfuse.models.loading import WEIGHT_FILES, context_length, load_model_config, load_tokenizer
 from rayfuse.signals.store import SignalStore
@@ -45,7 +45,7 @@ SLACK = {"transformers": 1.0, "vllm": 2.0, "openai": 2.0}
 
 def _probe(response: str, *turns: str) -> Sample:
     roles = ("user", "assistant") * len(turns)
-    return Sample(tuple(zip(roles, turns, strict=False)), response)
+    return Sample(tuple(map(Message, roles, turns)), response)
 
 
 LONG = (

@@ -91,7 +91,7 @@ class Reference:
 
     def prompt(self, sample: Sample, **template: Any) -> list[int]:
         """The prompt as transformers tokenizes it; `template` are arguments of apply_chat_template."""
-        messages = [{"role": role, "content": content} for role, content in sample.messages]
+        messages = sample.turns
         if not self.tokenizer.chat_template and "chat_template" not in template:
             return self.plain(sample)
         arguments = {"add_generation_prompt": True, "strftime_now": TODAY.strftime, **template}
@@ -99,7 +99,7 @@ class Reference:
 
     def plain(self, sample: Sample) -> list[int]:
         """The prompt without a template, as the tokenizer encodes a text (with its BOS, without an EOS)."""
-        ids = list(self.tokenizer("\n\n".join(content for _, content in sample.messages))["input_ids"])
+        ids = list(self.tokenizer(sample.plain_text)["input_ids"])
         return ids[:-1] if len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id else ids
 
     @torch.inference_mode()
