@@ -52,7 +52,7 @@ class RewardModelJudge:
         if self.tokenizer.chat_template:
             turns = [*prompt.sample.turns, {"role": "assistant", "content": response}]
             text = self.tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in turns],
+                turns,
                 tokenize=False,
                 strftime_now=TODAY.strftime,
             )
