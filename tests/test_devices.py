@@ -16,6 +16,7 @@ from rayfuse.prepare.spec import PrepareSpec
 from rayfuse.stages import METHODS
 from rayfuse.stages.tensors import on_device
 from rayfuse.student.engines.ddp import TorchEngine
+from rayfuse.teachers.identity import IdentifiedTeacher
 from rayfuse.teachers.transformers import TransformersTeacher
 
 K = 5
@@ -84,7 +85,7 @@ def test_a_step_of_the_student(tiny, tmp_path, device, dtype, rtol, method):
     local = TransformersTeacher(teacher, K)
     scorer = type("Local", (), {"score": lambda self, unit: lambda: local.score(unit)})
     stage = STAGES[method](method=method)
-    teachers = ((teacher, "code"),) if STAGES[method].uses_teachers else ()
+    teachers = (IdentifiedTeacher(teacher, "code"),) if STAGES[method].uses_teachers else ()
     spec = PrepareSpec(
         student=Student(model=tiny.model("pivot")),
         teachers=teachers,

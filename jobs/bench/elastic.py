@@ -40,7 +40,7 @@ from rayfuse.quickstart.skills import make
 from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, save
 from rayfuse.signals.codec import pack
 from rayfuse.teachers.http.served import served
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.serving import applications, wishes
 from rayfuse.teachers.serving.client import TeacherClient
 
@@ -48,10 +48,9 @@ K, UNIT = 10, 8
 TOKEN = "benchmark-on-loopback"
 PATIENCE_S = 300.0
 SAFETENSORS = {"Accept": "application/x-safetensors"}
-Named = tuple[Teacher, str]
 
 
-def make_teacher(folder: Path, copies: int, layers: int) -> tuple[Named, list[Sample]]:
+def make_teacher(folder: Path, copies: int, layers: int) -> tuple[IdentifiedTeacher, list[Sample]]:
     """A teacher with its fingerprint, and a unit for it."""
     rows = make("math", 200, seed=1)
     tokenizer = make_tokenizer(STYLES["math"], [f"{row['prompt']} {row['response']}" for row in rows])
@@ -59,12 +58,12 @@ def make_teacher(folder: Path, copies: int, layers: int) -> tuple[Named, list[Sa
     replicas = {"max": copies, "idle_s": 3600, "upscale_s": 0, "downscale_s": 0}
     teacher = Teacher.model_validate({"model": str(folder / "teacher"), "name": "bench", "replicas": replicas})
     samples = [Sample((("user", row["prompt"]),), row["response"]) for row in rows[:UNIT]]
-    return (teacher, fingerprint(teacher, K)), samples
+    return IdentifiedTeacher(teacher, fingerprint(teacher, K)), samples
 
 
-def running(named: Named) -> int:
+def running(named: IdentifiedTeacher) -> int:
     """Copies that answer."""
-    (found,) = serve.status().applications[applications.application_name(*named)].deployments.values()
+    (found,) = serve.status().applications[applications.application_name(named)].deployments.values()
     return found.replica_states.get("RUNNING", 0)
 
 
@@ -78,13 +77,13 @@ def seconds_until(condition: Callable[[], bool]) -> float:
     return time.monotonic() - begun
 
 
-def over_http(named: Named, samples: Sequence[Sample], units: int) -> None:
+def over_http(named: IdentifiedTeacher, samples: Sequence[Sample], units: int) -> None:
     """Bytes and tokens per second of HTTP against the object store."""
     os.environ["RAYFUSE_HTTP_TOKEN"] = TOKEN
     rows = [{"prompt": sample.messages[0].content, "response": sample.response} for sample in samples]
     body = json.dumps({"teacher": "bench", "samples": rows}).encode()
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
-    client = TeacherClient(*named)
+    client = TeacherClient(named)
     signals = client.score(samples)()
     tokens = sum(map(len, signals))
     with served([named], K, Http(port=0), Console(quiet=True)) as server:
@@ -115,10 +114,10 @@ def over_http(named: Named, samples: Sequence[Sample], units: int) -> None:
         print(f"{way:<17} {size / tokens:7.1f} bytes per token ({times:.2f} x)  {speed:,.0f} tokens/s")
 
 
-def add_a_copy(named: Named, samples: Sequence[Sample]) -> None:
+def add_a_copy(named: IdentifiedTeacher, samples: Sequence[Sample]) -> None:
     """Seconds from the wish for a second copy to its being there, and from no wish to no copy."""
-    name = applications.application_name(*named)
-    TeacherClient(*named).score(samples)()
+    name = applications.application_name(named)
+    TeacherClient(named).score(samples)()
     wishes.wish(name, wishes.PINNED, 2, 2)
     wishes.resize(name)
     print(f"a second copy answers after {seconds_until(lambda: running(named) == 2):.1f} s")
@@ -129,13 +128,13 @@ def add_a_copy(named: Named, samples: Sequence[Sample]) -> None:
 
 
 @contextmanager
-def flow(named: Named, samples: Sequence[Sample], at_once: int) -> Iterator[list[float]]:
+def flow(named: IdentifiedTeacher, samples: Sequence[Sample], at_once: int) -> Iterator[list[float]]:
     """A steady flow of units, `at_once` in flight; the times at which they were answered."""
     answered: list[float] = []
     over = threading.Event()
 
     def ask() -> None:
-        client = TeacherClient(*named)
+        client = TeacherClient(named)
         while not over.is_set():
             client.score(samples)()
             answered.append(time.monotonic())

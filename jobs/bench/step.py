@@ -39,6 +39,7 @@ from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, s
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.stages import METHODS
 from rayfuse.student.engines.ddp import TorchEngine
+from rayfuse.teachers.identity import IdentifiedTeacher
 
 K, TEACHERS, BATCHES = 10, 3, 3
 WORDS = re.compile(r" ?\w+| ?[^\w\s]+|\s+")
@@ -79,7 +80,7 @@ def make_batches(
     folder: Path, method: str, units: Sequence[Sequence[Sample]], student: Student
 ) -> tuple[list[FusionBatch], float]:
     """The units as the method's prepare tasks make them from a warm store, and milliseconds of CPU per unit."""
-    teachers = [(Teacher(model=str(folder), name=f"stub-{s}"), str(s)) for s in range(TEACHERS)]
+    teachers = [IdentifiedTeacher(Teacher(model=str(folder), name=f"stub-{s}"), str(s)) for s in range(TEACHERS)]
     spec = PrepareSpec(
         student=student,
         teachers=tuple(teachers) if STAGES[method].uses_teachers else (),

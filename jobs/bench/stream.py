@@ -46,6 +46,7 @@ from rayfuse.signals.codec import pack, unpack
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.student.job import BLOCK
 from rayfuse.student.stream import UnitStream
+from rayfuse.teachers.identity import IdentifiedTeacher
 from rayfuse.teachers.serving import applications
 from rayfuse.teachers.serving.client import TeacherClient
 from rayfuse.teachers.serving.replica import TeacherReplica
@@ -94,19 +95,19 @@ class RawActor:
         return pack(self.backend.score(samples))
 
 
-def stub(name: str, model: Path, rows: int, seconds: float, replicas: int = 1) -> tuple[Teacher, str]:
+def stub(name: str, model: Path, rows: int, seconds: float, replicas: int = 1) -> IdentifiedTeacher:
     """A stub teacher and its fingerprint."""
     counts = {"min": replicas, "max": replicas}
     teacher = Teacher.model_validate({"model": str(model), "name": name, "cpus": 0.1, "replicas": counts})
-    return teacher.model_copy(update={"backend": f"stub {rows} {seconds}"}), name
+    return IdentifiedTeacher(teacher.model_copy(update={"backend": f"stub {rows} {seconds}"}), name)
 
 
-def deploy(teachers: Sequence[tuple[Teacher, str]]) -> None:
+def deploy(teachers: Sequence[IdentifiedTeacher]) -> None:
     """As `applications.deploy`, with the stub's replica."""
-    for teacher, fingerprint in teachers:
-        options = cluster.teacher_deployment(teacher)
-        served: Any = serve.deployment(StubReplica, name=teacher.name, **options)  # type: ignore[call-overload]
-        serve.run(served.bind(teacher, K), name=applications.application_name(teacher, fingerprint), route_prefix=None)
+    for one in teachers:
+        options = cluster.teacher_deployment(one.teacher)
+        served: Any = serve.deployment(StubReplica, name=one.name, **options)  # type: ignore[call-overload]
+        serve.run(served.bind(one.teacher, K), name=applications.application_name(one), route_prefix=None)
 
 
 def world(folder: Path, units: int, response_bytes: int, offset: int = 0) -> list[list[Sample]]:
@@ -200,15 +201,15 @@ def flow(folder: Path, counts: Sequence[int], count: int, rounds: int, rows: int
     tokens = count * UNIT * rows
     stubs = [stub(f"stub-{index}", folder / "student", rows, 0.0) for index in range(3)]
     deploy(stubs)
-    clients = [TeacherClient(*item) for item in stubs]
-    actors: list[Any] = [RawActor.remote(teacher, K) for teacher, _ in stubs]
+    clients = [TeacherClient(item) for item in stubs]
+    actors: list[Any] = [RawActor.remote(one.teacher, K) for one in stubs]
     print(f"flow: {count} units of {UNIT} x {rows} tokens, {prefetch} in flight, stub teachers, k {K}")
     used = _processor_seconds()
     time.sleep(2)
     print(f"Ray and Serve doing nothing use {(_processor_seconds() - used) / 2:.2f} cores; that is in every line below")
     for teachers in counts:
         stores = [str(folder / f"store-{teachers}-{turn}") for turn in range(rounds + 1)]
-        specs = [PrepareSpec(stubs[0][0], tuple(stubs[:teachers]), store, K, "bytes", 1 << 20) for store in stores]
+        specs = [PrepareSpec(stubs[0].teacher, tuple(stubs[:teachers]), store, K, "bytes", 1 << 20) for store in stores]
         some, these = actors[:teachers], clients[:teachers]
 
         ways: dict[str, Callable[[PrepareSpec], Any]] = {
@@ -257,8 +258,8 @@ def prepare_cost(folder: Path, count: int, rows: int) -> None:
     """Processor time per token of the prepare task's own work, 3 teachers, in this process without Ray."""
     units = world(folder / "student", count, 4 * rows)
     stubs = [stub(f"local-{index}", folder / "student", rows, 0.0) for index in range(3)]
-    answers = {unit[0].key: StubTeacher(stubs[0][0], K).score(unit) for unit in units}
-    spec = PrepareSpec(stubs[0][0], tuple(stubs), str(folder / "store-local"), K, "bytes", 1 << 20)
+    answers = {unit[0].key: StubTeacher(stubs[0].teacher, K).score(unit) for unit in units}
+    spec = PrepareSpec(stubs[0].teacher, tuple(stubs), str(folder / "store-local"), K, "bytes", 1 << 20)
     scorer: Any = SimpleNamespace(score=lambda unit: lambda: answers[unit[0].key])
     for name, case in (("no teachers", replace(spec, teachers=())), ("cold store", spec), ("warm store", spec)):
         prepare = Preparer(case, lambda *_: scorer)
@@ -280,10 +281,10 @@ def scaling(folder: Path, replicas: Sequence[int], seconds: float, per_replica: 
     print(f"scaling: a teacher that sleeps {seconds} s per unit, {per_replica} units in flight per replica")
     first = 0.0
     for count in replicas:
-        teacher, name = stub(f"slow-{count}", folder / "student", rows, seconds, count)
-        deploy([(teacher, name)])
-        wait_for_replicas(applications.application_name(teacher, name), count)
-        spec = PrepareSpec(teacher, ((teacher, name),), str(folder / f"store-{name}"), K, "bytes", 1 << 20)
+        slow = stub(f"slow-{count}", folder / "student", rows, seconds, count)
+        deploy([slow])
+        wait_for_replicas(applications.application_name(slow), count)
+        spec = PrepareSpec(slow.teacher, (slow,), str(folder / f"store-{slow.name}"), K, "bytes", 1 << 20)
         filling = per_replica * count
         rates = []
         for turn in range(rounds + 1):  # the first only starts processes and loads tokenizers in them
@@ -296,7 +297,7 @@ def scaling(folder: Path, replicas: Sequence[int], seconds: float, per_replica: 
             f"{count} replica{'s' if count > 1 else ' '}  {rate:6.2f} units/s  {100 * rate * seconds / count:5.1f} % "
             f"of {count / seconds:.0f} units/s  {100 * rate / count / first:5.1f} % of {count} times one replica"
         )
-        applications.delete([(teacher, name)])
+        applications.delete([slow])
 
 
 def wait_for_replicas(application: str, count: int) -> None:

@@ -33,6 +33,7 @@ from rayfuse.prepare.spec import PrepareSpec
 from rayfuse.prepare.targets import TARGETS, ScoredUnit, bare_targets
 from rayfuse.prepare.vocabulary import Vocabularies, Vocabulary
 from rayfuse.signals.topk import TopKSignals
+from rayfuse.teachers.identity import IdentifiedTeacher
 from tests.real_tokenizers import qwen, smollm2, tekken
 
 K = 10
@@ -68,7 +69,7 @@ def make_unit(teacher: PreTrainedTokenizerBase, samples: int) -> tuple[ScoredUni
     vocabularies = Vocabularies.__new__(Vocabularies)
     vocabularies.student, vocabularies.teachers = vocabulary(student), [vocabulary(teacher)]
     model = Teacher(model="teacher", name="teacher")
-    spec = PrepareSpec(Model(model="student"), ((model, ""),), "", K, "bytes", 1 << 20, stage=ByteKD())
+    spec = PrepareSpec(Model(model="student"), (IdentifiedTeacher(model, ""),), "", K, "bytes", 1 << 20, stage=ByteKD())
     signals = [[answer(teacher, text, candidates, seed) for seed, text in enumerate(texts)]]
     unit = ScoredUnit(spec, vocabularies, [Sample((), text) for text in texts], rendered, signals)
     labels = np.concatenate([item.response_ids for item in rendered])

@@ -71,14 +71,14 @@ def main() -> None:
         print(f"a student of {args.step} s and a teacher of {args.seconds} s per unit, {args.prefetch} units in flight")
         for turn, count in enumerate(args.replicas):
             units = world(folder / "student", 3 * args.prefetch + args.steps, 4 * ROWS, offset=100_000 * turn)
-            teacher, name = stub(f"slow-{count}", folder / "student", ROWS, args.seconds, count)
-            deploy([(teacher, name)])
-            wait_for_replicas(applications.application_name(teacher, name), count)
-            spec = PrepareSpec(teacher, ((teacher, name),), str(folder / name), K, "bytes", 1 << 20)
+            slow = stub(f"slow-{count}", folder / "student", ROWS, args.seconds, count)
+            deploy([slow])
+            wait_for_replicas(applications.application_name(slow), count)
+            spec = PrepareSpec(slow.teacher, (slow,), str(folder / slow.name), K, "bytes", 1 << 20)
             share = wait_share(spec, units, args.prefetch, args.step, args.steps)
             enough = count * args.step / args.seconds
             print(f"{count} replicas, {enough:.2f} x what the student asks for: waits {100 * share:5.1f} % of its time")
-            applications.delete([(teacher, name)])
+            applications.delete([slow])
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

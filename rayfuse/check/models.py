@@ -22,7 +22,7 @@ from rayfuse.models.loading import (
     vocabulary_size,
 )
 from rayfuse.signals.store import SignalStore
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import identify
 
 if TYPE_CHECKING:
     pass
@@ -108,12 +108,13 @@ def _check_stored(where: str, teacher: Teacher, config: Config) -> Iterator[Find
             if not OF_VOCABULARIES.isdisjoint(METHODS[stage.method].targets):
                 text = "reads the teacher's tokens: set `tokenizer` to the folder of its tokenizer"
                 yield Finding(where, f"{stage.method} {text}")
-    store, name = SignalStore(config.store_url), fingerprint(teacher, config.signals.k)
+    store = SignalStore(config.store_url)
+    (identified,) = identify([teacher], config.signals.k)
     with suppress(DataError):  # check_data says so
         samples = _first_read(config)
-        missing = [sample for sample in samples if store.get(name, sample.key) is None]
+        missing = [sample for sample in samples if store.get(identified.fingerprint, sample.key) is None]
         if missing:
-            first = missing_text(teacher, name, store, missing[0])
+            first = missing_text(identified, store, missing[0])
             yield Finding(where, f"{len(missing)} of the first {len(samples)} samples are missing: {first}")
 
 

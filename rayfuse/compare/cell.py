@@ -37,7 +37,7 @@ from rayfuse.run.sources import UnitSource, load_source
 from rayfuse.run.stage_job import stage_job
 from rayfuse.student.job import BLOCK, StageJob
 from rayfuse.student.loop import train
-from rayfuse.teachers.identity import _fingerprints
+from rayfuse.teachers.identity import identify
 from rayfuse.teachers.serving import applications
 from rayfuse.teachers.transformers import TransformersTeacher
 
@@ -139,13 +139,14 @@ class Trained:
 
 def train_cell(bench: Bench, cell: Cell, config: Config) -> Trained:
     """All stages, one after the other, in this process."""
-    fingerprints = _fingerprints(config)
+    needed = any(stage.uses_teachers for stage in config.stages)
+    teachers = identify(config.teachers if needed else (), config.signals.k)
     sources = {sides: _source(config, sides) for sides in sorted({stage.sides for stage in config.stages})}
     kept = None if cell.purpose == "cost" else bench.work / "students"
     wall, cpu = time.monotonic(), time.process_time()
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts again
     for index in range(len(config.stages)):
-        job = stage_job(config, index, fingerprints, sources)
+        job = stage_job(config, index, teachers, sources)
         if job.spec.teachers:
             applications.deploy(job.spec.teachers, config.signals.k)
         if isinstance(job.stage, TeacherStage) and job.stage.merge is not None:
@@ -171,7 +172,7 @@ def train_here(job: StageJob) -> Path:
 def _train_once(kept: Path, job: StageJob) -> Path:
     """One student of a pairwise stage; the stage's other merges find it there."""
     stage = job.stage.model_dump_json(exclude={"merge"})
-    made_of = [stage, job.spec.teachers[0][1], job.spec.k, job.config.data.path, job.config.seed, job.start]
+    made_of = [stage, job.spec.teachers[0].fingerprint, job.spec.k, job.config.data.path, job.config.seed, job.start]
     model = kept / hashlib.sha256(json.dumps(made_of).encode()).hexdigest() / "model"
     if not model.exists():
         trained = train_here(job)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-from rayfuse.config import Teacher
 from rayfuse.data.sample import Sample
 from rayfuse.errors import MissingSignalsError, SignalError
 from rayfuse.signals.objects import ObjectStore
+from rayfuse.teachers.identity import IdentifiedTeacher
 
 FORMAT = "rayfuse-answers-1"
 
@@ -90,13 +90,11 @@ class Author:
 
     Attributes:
         model: the teacher, or the pivot as one.
-        fingerprint: of the model.
         sampling: how it is asked.
         store: URL of the answer store.
     """
 
-    model: Teacher
-    fingerprint: str
+    model: IdentifiedTeacher
     sampling: Sampling
     store: str
 
@@ -116,7 +114,7 @@ def ask(source: Author, writer: Writer, store: AnswerStore, prompts: Sequence[Sa
     A model always answers the whole unit, so that what is written again has the same bits; what the store already holds
     is used as it is, and nothing is sent where it holds all. All calls are sent before the first is waited for.
     """
-    fingerprint, sampling = source.fingerprint, source.sampling
+    fingerprint, sampling = source.model.fingerprint, source.sampling
     found = [store.get(fingerprint, sampling, prompt.key) for prompt in prompts]
     missing = [index for index, item in enumerate(found) if item is None]
     calls = [
@@ -131,13 +129,13 @@ def ask(source: Author, writer: Writer, store: AnswerStore, prompts: Sequence[Sa
     ]
 
     def wait() -> list[list[str]]:
-        of_calls = [call() for call in calls]
-        for answers in of_calls:
+        written_by_call = [call() for call in calls]
+        for answers in written_by_call:
             if len(answers) != len(prompts):
                 name = source.model.name
                 raise MissingSignalsError(f"{name} answered {len(answers)} of {len(prompts)} prompts of a unit")
         for index in missing:
-            written = [answers[index] for answers in of_calls]
+            written = [answers[index] for answers in written_by_call]
             store.put(fingerprint, sampling, prompts[index].key, written)
             found[index] = written
         return [item for item in found if item is not None]
@@ -150,7 +148,7 @@ def _opened(source: Author) -> tuple[Writer, AnswerStore]:
     """One client and store per process and source: Ray reuses the processes of tasks."""
     from rayfuse.teachers.serving.client import TeacherClient
 
-    return TeacherClient(source.model, source.fingerprint), AnswerStore(source.store)
+    return TeacherClient(source.model), AnswerStore(source.store)
 
 
 def answers_of(sources: Sequence[Author], prompts: Sequence[Sample]) -> list[list[list[str]]]:

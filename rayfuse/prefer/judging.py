@@ -112,7 +112,7 @@ def respond(models: tuple[Model, tuple[Teacher, ...], int, list[Author]], unit: 
     answers = answers_of(sources, [prompt.sample for prompt in unit])
     responses = [
         [
-            Response(text, source.model.name, source.fingerprint, index)
+            Response(text, source.model.name, source.model.fingerprint, index)
             for source, of_source in zip(sources, answers, strict=True)
             for index, text in enumerate(of_source[number])
         ]

@@ -13,7 +13,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from rayfuse.prefer.answers import AnswerStore, Author, Sampling
 from rayfuse.prefer.judging import judged
 from rayfuse.prefer.selection import Response, Rows, rows_of_prompt
 from rayfuse.prepare.units import form_units
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import identify
 from rayfuse.teachers.serving import applications
 
 SIDES = ("chosen", "chosen_pivot", "response", "rejected")
@@ -62,12 +61,12 @@ def prefer(config: Config, *, console: Console | None = None) -> Path:
         if teacher.stored is not None:
             console.print(f"{teacher.name} is only its stored signals and answers nothing")
     AnswerStore(sources[0].store).check()
-    applications.deploy([(source.model, source.fingerprint) for source in sources], config.signals.k)
+    applications.deploy([source.model for source in sources], config.signals.k)
     try:
         made = _make(config, settings, data, sources, units, console)
     finally:
         if embedded:
-            applications.delete([(source.model, source.fingerprint) for source in sources])
+            applications.delete([source.model for source in sources])
     summary = {
         "identity": identity,
         "write": settings.write,
@@ -138,12 +137,11 @@ def _sources(config: Config, settings: Prefer) -> list[Author]:
     asked = [*((teacher, settings.per_teacher) for teacher in live), (pivot, settings.pivot_count)]
     asked = [(model, count) for model, count in asked if count]
     store = settings.store or str(Path(config.output) / "answers")
-    with ThreadPoolExecutor(4) as pool:
-        prints = pool.map(lambda one: fingerprint(one[0], config.signals.k), asked)
-        return [
-            Author(model, print_, Sampling(count, settings.temperature, settings.max_new_tokens, settings.seed), store)
-            for (model, count), print_ in zip(asked, prints, strict=True)
-        ]
+    models = identify([model for model, _ in asked], config.signals.k)
+    return [
+        Author(model, Sampling(count, settings.temperature, settings.max_new_tokens, settings.seed), store)
+        for model, (_, count) in zip(models, asked, strict=True)
+    ]
 
 
 # --- units through answering and judging ------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,23 +26,39 @@ from rayfuse.prepare.targets import TARGETS, ScoredUnit, bare_targets, fields_re
 from rayfuse.prepare.vocabulary import Vocabularies
 from rayfuse.signals.store import SignalStore
 from rayfuse.signals.topk import TopKSignals
+from rayfuse.teachers.identity import IdentifiedTeacher
 
 log = logging.getLogger(__name__)
 GONE_PAUSE_S = 5.0
 """Pause before a teacher that is gone is asked again, where a run waits for it."""
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """One teacher's signals of a unit, while it is being asked.
+
+    Attributes:
+        found: per sample what the store holds.
+        sent: positions of the samples of each call, and the function that waits for its answers.
+    """
+
+    teacher: IdentifiedTeacher
+    scorer: Scorer
+    found: list[TopKSignals | None]
+    sent: list[tuple[range, Callable[[], list[TopKSignals]]]]
+
+
 class Preparer:
     """Makes FusionBatches. Holds tokenizers, the store and the teachers' clients between units."""
 
-    def __init__(self, spec: PrepareSpec, ask: Callable[[Teacher, str], Scorer]) -> None:
-        """Args: the spec, and how to reach a (teacher, fingerprint)."""
+    def __init__(self, spec: PrepareSpec, ask: Callable[[IdentifiedTeacher], Scorer]) -> None:
+        """Prepare for `spec`; `ask` tells how a teacher is reached."""
         self.spec = spec
         self.renderer = Renderer(load_tokenizer(spec.student))
         self.store = SignalStore(spec.store)
-        self.vocabularies = Vocabularies(self.renderer, [teacher for teacher, _ in spec.teachers])
+        self.vocabularies = Vocabularies(self.renderer, [one.teacher for one in spec.teachers])
         self.fields = fields_read(spec.targets)
-        self.scorers = [ask(teacher, fingerprint) for teacher, fingerprint in spec.teachers]
+        self.scorers = [ask(teacher) for teacher in spec.teachers]
         self.gone: dict[str, float] = {}
 
     def __call__(self, samples: Sequence[Sample]) -> FusionBatch:
@@ -82,40 +98,40 @@ class Preparer:
         """
         sides = max(1, len(self.spec.stage.sides)) if self.spec.stage is not None else 1
         calls = [range(side, len(samples), sides) for side in range(sides)]
-        found = [[self.store.get(fp, sample.key, self.fields) for sample in samples] for _, fp in self.spec.teachers]
-        asked = [
-            [
-                (call, scorer.score([samples[i] for i in call]))
-                for call in calls
-                if any(of_teacher[i] is None for i in call) and not self._is_gone(teacher)
-            ]
-            for scorer, of_teacher, (teacher, _) in zip(self.scorers, found, self.spec.teachers, strict=True)
-        ]
-        signals: list[list[TopKSignals | None]] = []
-        for (teacher, fp), scorer, of_teacher, waits in zip(
-            self.spec.teachers, self.scorers, found, asked, strict=True
-        ):
-            stats[f"stored/{teacher.name}"] = sum(item is not None for item in of_teacher)
-            stats[f"forwarded/{teacher.name}"] = sum(len(call) for call, _ in waits)
-            complete = list(of_teacher)
-            for call, wait in waits:
-                answers = self._answers(teacher, scorer, [samples[i] for i in call], wait)
-                if answers is None:
-                    continue
-                if len(answers) != len(call):
-                    raise MissingSignalsError(
-                        f"teacher {teacher.name} answered {len(answers)} of {len(call)} samples of a call"
-                    )
-                for i, answer in zip(call, answers, strict=True):
-                    if complete[i] is None:
-                        self.store.put(fp, samples[i].key, answer)
-                        complete[i] = answer
-            signals.append(complete)
+        asked = [self._ask(*pair, samples, calls) for pair in zip(self.spec.teachers, self.scorers, strict=True)]
+        signals = [self._complete(one, samples, stats) for one in asked]
         stats["damaged"] = self.store.damaged
         self.store.damaged = 0
         if self.spec.on_missing == "drop":
             self._drop(samples, signals, stats)
         return signals
+
+    def _ask(
+        self, teacher: IdentifiedTeacher, scorer: Scorer, samples: Sequence[Sample], calls: Sequence[range]
+    ) -> _Asked:
+        """Look a teacher's signals up, and send the calls of which one is missing."""
+        found = [self.store.get(teacher.fingerprint, sample.key, self.fields) for sample in samples]
+        needed = [call for call in calls if any(found[i] is None for i in call) and not self._is_gone(teacher.teacher)]
+        return _Asked(teacher, scorer, found, [(call, scorer.score([samples[i] for i in call])) for call in needed])
+
+    def _complete(self, asked: _Asked, samples: Sequence[Sample], stats: dict[str, float]) -> list[TopKSignals | None]:
+        """Wait for what was asked, and keep it in the store."""
+        teacher, complete = asked.teacher, list(asked.found)
+        stats[f"stored/{teacher.name}"] = sum(item is not None for item in complete)
+        stats[f"forwarded/{teacher.name}"] = sum(len(call) for call, _ in asked.sent)
+        for call, wait in asked.sent:
+            answers = self._answers(teacher.teacher, asked.scorer, [samples[i] for i in call], wait)
+            if answers is None:
+                continue
+            if len(answers) != len(call):
+                raise MissingSignalsError(
+                    f"teacher {teacher.name} answered {len(answers)} of {len(call)} samples of a call"
+                )
+            for i, answer in zip(call, answers, strict=True):
+                if complete[i] is None:
+                    self.store.put(teacher.fingerprint, samples[i].key, answer)
+                    complete[i] = answer
+        return complete
 
     def _answers(
         self, teacher: Teacher, scorer: Scorer, samples: Sequence[Sample], wait: Callable[[], list[TopKSignals]]
@@ -149,13 +165,13 @@ class Preparer:
         """
         if self.spec.stage is not None and self.spec.stage.uses_preferences:
             sides = len(self.spec.stage.sides)
-            for of_teacher in signals:
-                for b in range(0, len(of_teacher), sides):
-                    if None in of_teacher[b : b + sides]:
-                        of_teacher[b : b + sides] = [None] * sides
-        fused = [s for s, (teacher, _) in enumerate(self.spec.teachers) if teacher.name != INITIAL]
+            for answers in signals:
+                for b in range(0, len(answers), sides):
+                    if None in answers[b : b + sides]:
+                        answers[b : b + sides] = [None] * sides
+        fused = [s for s, teacher in enumerate(self.spec.teachers) if teacher.name != INITIAL]
         for s in fused:
-            stats[f"dropped/{self.spec.teachers[s][0].name}"] = sum(item is None for item in signals[s])
+            stats[f"dropped/{self.spec.teachers[s].name}"] = sum(item is None for item in signals[s])
         for b, sample in enumerate(samples):
             if fused and all(signals[s][b] is None for s in fused):
                 raise MissingSignalsError(
@@ -166,8 +182,8 @@ class Preparer:
 
 def _with_answered(batch: FusionBatch, signals: Sequence[Sequence[TopKSignals | None]]) -> FusionBatch:
     targets = [
-        replace(target, answered=np.array([item is not None for item in of_teacher]))
-        for target, of_teacher in zip(batch.targets, signals, strict=True)
+        replace(target, answered=np.array([item is not None for item in answers]))
+        for target, answers in zip(batch.targets, signals, strict=True)
     ]
     return replace(batch, targets=tuple(targets))
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from rayfuse.config import Model, Stage, Teacher
+from rayfuse.config import Model, Stage
 from rayfuse.data.sample import Sample
 from rayfuse.signals.topk import TopKSignals
+from rayfuse.teachers.identity import IdentifiedTeacher
 
 
 class Scorer(Protocol):
@@ -24,7 +25,7 @@ class PrepareSpec:
 
     Attributes:
         student: whose tokenizer and template the batch is in.
-        teachers: (teacher, fingerprint) of those whose signals the stage uses; empty for SFT.
+        teachers: those whose signals the stage uses; empty for SFT.
         store: URL of the signal store.
         k: ranks that the batch carries per teacher position.
         alignment: "bytes" or "position".
@@ -35,7 +36,7 @@ class PrepareSpec:
     """
 
     student: Model
-    teachers: tuple[tuple[Teacher, str], ...]
+    teachers: tuple[IdentifiedTeacher, ...]
     store: str
     k: int | None
     alignment: str

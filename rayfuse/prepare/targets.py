@@ -61,7 +61,7 @@ class ScoredUnit:
                 self._align(teacher.name, *of_sample)
                 for of_sample in zip(self.samples, self.rendered, answers, strict=True)
             ]
-            for (teacher, _), answers in zip(self.spec.teachers, self.signals, strict=True)
+            for teacher, answers in zip(self.spec.teachers, self.signals, strict=True)
         ]
 
     def _align(self, teacher: str, sample: Sample, item: Rendered, answer: TopKSignals | None) -> Alignment:
@@ -228,7 +228,7 @@ def mined(unit: ScoredUnit, batch: FusionBatch) -> FusionBatch:
         to_student = partial(vocabularies.nearest_ids, s)
         text = sample.response.encode()
         made.append(mined_target(answer, text, item.ends, item.response_ids, to_student, vocabularies.nearest))
-    for s, (teacher, _) in enumerate(unit.spec.teachers):
+    for s, teacher in enumerate(unit.spec.teachers):
         batch.stats[f"chosen/{teacher.name}"] = best.count(s)
     ids, mass = zip(*made, strict=True)
     return replace(batch, picks=np.concatenate(ids), mass=np.concatenate(mass))
@@ -274,6 +274,6 @@ def fields_read(kinds: Sequence[str]) -> tuple[str, ...]:
 def bare_targets(spec: PrepareSpec) -> tuple[TeacherTarget, ...]:
     """One target per teacher that says nothing yet."""
     return tuple(
-        TeacherTarget(teacher.name, teacher.weight, np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=np.float16))
-        for teacher, _ in spec.teachers
+        TeacherTarget(one.name, one.teacher.weight, np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=np.float16))
+        for one in spec.teachers
     )

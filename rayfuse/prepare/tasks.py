@@ -10,10 +10,10 @@ from typing import Any
 
 import ray
 
-from rayfuse.config import Teacher
 from rayfuse.data.sample import Sample
 from rayfuse.prepare.preparer import Preparer
 from rayfuse.prepare.spec import PrepareSpec, Scorer
+from rayfuse.teachers.identity import IdentifiedTeacher
 
 
 @lru_cache(maxsize=8)
@@ -24,16 +24,14 @@ def _preparer(spec: PrepareSpec) -> Preparer:
     from rayfuse.teachers.serving.client import TeacherClient
     from rayfuse.teachers.stored import StoreTeacher
 
-    def ask(teacher: Teacher, fingerprint: str) -> Scorer:
-        if teacher.backend == "store":
-            return StoreTeacher(teacher, fingerprint, spec.store)
-        return TeacherClient(teacher, fingerprint)
+    def ask(teacher: IdentifiedTeacher) -> Scorer:
+        return TeacherClient(teacher) if teacher.live else StoreTeacher(teacher, spec.store)
 
     return Preparer(spec, ask)
 
 
-def _no_teacher(teacher: Teacher, fingerprint: str) -> Scorer:
-    raise AssertionError(f"a stage without teachers asked {teacher.name} ({fingerprint})")
+def _no_teacher(teacher: IdentifiedTeacher) -> Scorer:
+    raise AssertionError(f"a stage without teachers asked {teacher.name} ({teacher.fingerprint})")
 
 
 @ray.remote

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from rayfuse.run.teachers_first import fill
 from rayfuse.signals.store import SignalStore
 from rayfuse.student.group import train_group
 from rayfuse.teachers.http.served import served
-from rayfuse.teachers.identity import _fingerprints, describe
+from rayfuse.teachers.identity import IdentifiedTeacher, describe, identify, live
 from rayfuse.teachers.parity.check import check_parity
 from rayfuse.teachers.serving import applications
 
@@ -66,27 +66,29 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
     with timed("read data"):
         sources = {sides: load_source(config, sides, console) for sides in needed_sides(config)}
     with timed("identify teachers"):
-        fingerprints = _fingerprints(config)
-        describe(config, fingerprints)
-    teachers = [(teacher, fingerprints[teacher.name]) for teacher in config.teachers if fingerprints]
-    if teachers:
+        needed = any(stage.uses_teachers for stage in config.stages)
+        teachers = identify(config.teachers if needed else (), config.signals.k)
+        asked = live(teachers)
+        describe(asked, config.signals.k, SignalStore(config.store_url))
+    if asked:
         with timed("check teachers"):
-            check_parity(teachers, config.signals.k, SignalStore(config.store_url), console, [config.student])
-    with served(teachers, config.signals.k, config.serving.http, console):
-        _train_stages(config, fingerprints, sources, timed, console)
+            models = [config.student, *config.teachers]
+            check_parity(asked, config.signals.k, SignalStore(config.store_url), console, models)
+    with served(asked, config.signals.k, config.serving.http, console):
+        _train_stages(config, teachers, sources, timed, console)
     counts = {KINDS[len(sides)][0]: asdict(source.counts) for sides, source in sources.items()}
     results: dict[str, Any] = {**counts, "models": [], "times": timed.seconds}
     if config.evaluate is not None:
         with timed("evaluate"):
             if embedded:  # nobody else uses these teachers: their memory is free for the evaluation
-                applications.delete(teachers)
+                applications.delete(asked)
             results["models"] = evaluate_all(config)
     return _finish(config, results)
 
 
 def _train_stages(
     config: Config,
-    fingerprints: dict[str, str],
+    teachers: Sequence[IdentifiedTeacher],
     sources: Mapping[tuple[str, ...], UnitSource],
     timed: Stopwatch,
     console: Console,
@@ -98,12 +100,12 @@ def _train_stages(
             console.print(f"{name} is done already")
             continue
         with timed(name):
-            job = stage_job(config, index, fingerprints, sources)
+            job = stage_job(config, index, teachers, sources)
             first = config.serving.mode == "first"
             if first:
                 fill(job, console)
             with (
-                applications.borrowed(() if first else job.spec.teachers, config.signals.k),
+                applications.borrowed(() if first else live(job.spec.teachers), config.signals.k),
                 LiveLine(Path(config.output) / "metrics.jsonl", console),
             ):
                 if isinstance(job.stage, TeacherStage) and job.stage.merge is not None:

@@ -44,8 +44,8 @@ def train_pairwise(
         replace(
             job,
             spec=replace(job.spec, teachers=(teacher,)),
-            part=teacher[0].name,
-            identity=f"{job.identity}/{teacher[1]}",
+            part=teacher.name,
+            identity=f"{job.identity}/{teacher.fingerprint}",
         )
         for teacher in job.spec.teachers
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from rayfuse.config import Config, Data
@@ -13,24 +13,34 @@ from rayfuse.prepare.spec import INITIAL, PrepareSpec
 from rayfuse.run.sources import UnitSource
 from rayfuse.stages import METHODS, ranks
 from rayfuse.student.job import StageJob
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, identify
 
 
 def stage_job(
-    config: Config, index: int, fingerprints: dict[str, str], sources: Mapping[tuple[str, ...], UnitSource]
+    config: Config,
+    index: int,
+    teachers: Sequence[IdentifiedTeacher],
+    sources: Mapping[tuple[str, ...], UnitSource],
 ) -> StageJob:
+    """The job of stage `index`.
+
+    Args:
+        config: the run.
+        index: which of `config.stages`.
+        teachers: of the run, identified; a stage on preferences adds the model that it starts from.
+        sources: the run's data, by the sides that a stage compares.
+    """
     stage = config.stages[index]
     source = sources[stage.sides]
     previous = index > 0 and stage.start_from == "previous"
     start = str(config.stage_folder(index - 1) / "model") if previous else config.student.model
-    teachers = [(teacher, fingerprints[teacher.name]) for teacher in config.teachers if stage.uses_teachers]
+    scorers = list(teachers) if stage.uses_teachers else []
     if stage.uses_preferences:
-        initial = as_teacher(config, INITIAL, start if previous else None)
-        teachers.append((initial, fingerprint(initial, config.signals.k)))
+        scorers += identify([as_teacher(config, INITIAL, start if previous else None)], config.signals.k)
     data = cast(Data, config.preferences) if stage.uses_preferences else config.data
     spec = PrepareSpec(
         student=config.student,
-        teachers=tuple(teachers),
+        teachers=tuple(scorers),
         store=config.store_url,
         k=ranks(config, stage),
         alignment=getattr(stage, "alignment", "bytes"),
@@ -42,7 +52,7 @@ def stage_job(
     identity = {
         "stage": stage.model_dump(mode="json", exclude={"save_every": True, "keep": True, "merge": {"parallel"}}),
         "student": config.student.model_dump(mode="json", exclude={"prefetch", "max_failures", "cpus"}),
-        "teachers": [(fp, teacher.weight) for teacher, fp in spec.teachers],
+        "teachers": [(one.fingerprint, one.teacher.weight) for one in spec.teachers],
         "data": source.content,
         "k": spec.k,
         "seed": config.seed,

@@ -16,14 +16,12 @@ from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from rayfuse import cluster
-from rayfuse.config import Teacher
 from rayfuse.errors import RayfuseError
 from rayfuse.prepare.tasks import fill_unit
 from rayfuse.prepare.units import unit_order
 from rayfuse.student.job import BLOCK, StageJob
+from rayfuse.teachers.identity import IdentifiedTeacher, live
 from rayfuse.teachers.serving import applications
-
-Named = tuple[Teacher, str]
 
 
 def fill(job: StageJob, console: Console) -> None:
@@ -36,8 +34,8 @@ def fill(job: StageJob, console: Console) -> None:
     units = list(dict.fromkeys(unit_order(job.units, job.steps * job.units_per_step, job.config.seed)))
     room = ray.cluster_resources()
     for wave in waves(job.spec.teachers, room.get("CPU", 0.0), room.get("GPU", 0.0)):
-        names = ", ".join(teacher.name for teacher, _ in wave)
-        with applications.borrowed(wave, job.config.signals.k, "fill"):
+        names = ", ".join(teacher.name for teacher in wave)
+        with applications.borrowed(live(wave), job.config.signals.k, "fill"):
             stats = _fill(replace(job, spec=replace(job.spec, teachers=wave)), units)
         forwarded = sum(value for name, value in stats.items() if name.startswith("forwarded/"))
         stored = sum(value for name, value in stats.items() if name.startswith("stored/"))
@@ -45,19 +43,19 @@ def fill(job: StageJob, console: Console) -> None:
             f"{job.name}: {names} filled the store ({forwarded:,.0f} texts scored, {stored:,.0f} found there)",
             highlight=False,
         )
-        applications.retire(wave)
+        applications.retire(live(wave))
 
 
-def waves(teachers: Sequence[Named], cpus: float, gpus: float) -> Iterator[tuple[Named, ...]]:
+def waves(teachers: Sequence[IdentifiedTeacher], cpus: float, gpus: float) -> Iterator[tuple[IdentifiedTeacher, ...]]:
     """Teachers that fit side by side, one copy each, in order; one that fits nowhere is a wave of its own."""
-    wave: list[Named] = []
-    for named in teachers:
-        together = [teacher for teacher, _ in [*wave, named]]
+    wave: list[IdentifiedTeacher] = []
+    for candidate in teachers:
+        together = [one.teacher for one in [*wave, candidate]]
         fits = sum(t.cpus for t in together) <= cpus and sum(t.gpus for t in together) <= gpus
         if wave and not fits:
             yield tuple(wave)
             wave = []
-        wave.append(named)
+        wave.append(candidate)
     if wave:
         yield tuple(wave)
 
@@ -65,7 +63,7 @@ def waves(teachers: Sequence[Named], cpus: float, gpus: float) -> Iterator[tuple
 def _fill(job: StageJob, units: Sequence[int]) -> dict[str, float]:
     """Have all units scored, a bounded number of them at a time; what it took, summed."""
     task = fill_unit.options(**cluster.prepare_task())
-    at_once = 4 * sum(teacher.replicas.max for teacher, _ in job.spec.teachers) + job.config.student.prefetch
+    at_once = 4 * sum(one.teacher.replicas.max for one in job.spec.teachers) + job.config.student.prefetch
     stats: dict[str, float] = {}
     pending: deque[ray.ObjectRef] = deque()
     todo = iter(units)
@@ -76,12 +74,12 @@ def _fill(job: StageJob, units: Sequence[int]) -> dict[str, float]:
         if not pending:
             return stats
         try:
-            of_unit = ray.get(pending.popleft())
+            unit_stats = ray.get(pending.popleft())
         except RayTaskError as error:
             for waiting in pending:
                 ray.cancel(waiting)
             if isinstance(error.cause, RayfuseError):
                 raise error.cause from error
             raise
-        for name, value in of_unit.items():
+        for name, value in unit_stats.items():
             stats[name] = stats.get(name, 0.0) + value

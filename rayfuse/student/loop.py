@@ -128,7 +128,7 @@ def _step(job: StageJob, engine: TorchEngine, batches: list[FusionBatch], rate: 
     record = dict(zip(names, summed.tolist(), strict=True))
     if "gradient_ratio" in record:
         record["gradient_ratio"] /= job.units_per_step
-    for s, (teacher, _) in enumerate(job.spec.teachers if "ranks" in method.targets else ()):
+    for s, teacher in enumerate(job.spec.teachers if "ranks" in method.targets else ()):
         record[f"aligned_share/{teacher.name}"] = totals.pairs[s] / totals.tokens
     return {**record, "tokens": totals.tokens, "learning_rate": rate, "gradient_norm": engine.step(rate)}
 
@@ -144,7 +144,7 @@ def _before(job: StageJob, record: Mapping[str, Any], done: int) -> bool:
 
 def _refuse_too_many(job: StageJob, dropped: float) -> None:
     """Raises MissingSignalsError where more is dropped than `serving.max_dropped` of the whole stage's pairs."""
-    teachers = sum(teacher.name != INITIAL for teacher, _ in job.spec.teachers)
+    teachers = sum(teacher.name != INITIAL for teacher in job.spec.teachers)
     sides = max(1, len(job.stage.sides))
     pairs = job.steps * job.stage.batch_size * sides * teachers
     allowed = job.config.serving.max_dropped * pairs

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from rayfuse.config import Config, Model, Teacher
+from rayfuse.config import Model, Teacher
 from rayfuse.config.public import public_name
 from rayfuse.errors import ModelError
 from rayfuse.models.loading import WEIGHT_FILES, context_length, load_model_config, load_tokenizer
@@ -17,22 +18,49 @@ from rayfuse.signals.store import SignalStore
 from rayfuse.teachers.environments import engine_version
 
 
-def _fingerprints(config: Config) -> dict[str, str]:
-    """Each teacher's fingerprint, by its name; none where no stage asks a teacher."""
-    if not any(stage.uses_teachers for stage in config.stages):
-        return {}
+@dataclass(frozen=True)
+class IdentifiedTeacher:
+    """A teacher and the fingerprint of its answers: whom to ask, and where its signals are kept.
+
+    Attributes:
+        teacher: its configuration.
+        fingerprint: see `fingerprint`.
+    """
+
+    teacher: Teacher
+    fingerprint: str
+
+    @property
+    def name(self) -> str:
+        """The teacher's name in the run."""
+        return str(self.teacher.name)
+
+    @property
+    def live(self) -> bool:
+        """Whether it is deployed and asked, and not only its stored signals."""
+        return self.teacher.stored is None
+
+
+def identify(teachers: Sequence[Teacher], k: int) -> tuple[IdentifiedTeacher, ...]:
+    """The teachers with their fingerprints, in the same order. Files are hashed side by side.
+
+    Raises:
+        ModelError, TeacherError: as `fingerprint`.
+    """
     with ThreadPoolExecutor(4) as pool:
-        prints = pool.map(lambda teacher: fingerprint(teacher, config.signals.k), config.teachers)
-        return {teacher.name: print_ for teacher, print_ in zip(config.teachers, prints, strict=True)}
+        return tuple(pool.map(lambda teacher: IdentifiedTeacher(teacher, fingerprint(teacher, k)), teachers))
 
 
-def describe(config: Config, fingerprints: Mapping[str, str]) -> None:
+def live(teachers: Sequence[IdentifiedTeacher]) -> tuple[IdentifiedTeacher, ...]:
+    """The teachers that are deployed and asked."""
+    return tuple(teacher for teacher in teachers if teacher.live)
+
+
+def describe(teachers: Sequence[IdentifiedTeacher], k: int, store: SignalStore) -> None:
     """Leave word in the store whose signals a fingerprint stands for, so that a `store` teacher can name them."""
-    store = SignalStore(config.store_url)
-    for teacher in config.teachers:
-        if teacher.name in fingerprints and teacher.stored is None:
-            about = {"name": teacher.name, "model": public_name(teacher.model), "backend": teacher.backend}
-            store.describe(fingerprints[teacher.name], {**about, "k": config.signals.k})
+    for one in teachers:
+        about = {"name": one.name, "model": public_name(one.teacher.model), "backend": one.teacher.backend}
+        store.describe(one.fingerprint, {**about, "k": k})
 
 
 RENDERING = 1

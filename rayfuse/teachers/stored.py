@@ -9,20 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from rayfuse.config import Teacher
 from rayfuse.data.sample import Sample
 from rayfuse.errors import MissingSignalsError
 from rayfuse.signals.store import SignalStore
 from rayfuse.signals.topk import TopKSignals
+from rayfuse.teachers.identity import IdentifiedTeacher
 
 
 class StoreTeacher:
     """What `TeacherClient` is for live teachers: asked for a unit, it can only say which sample is missing."""
 
-    def __init__(self, teacher: Teacher, fingerprint: str, store: str) -> None:
-        """Args: the teacher, the fingerprint of its signals, and the URL of the store."""
+    def __init__(self, teacher: IdentifiedTeacher, store: str) -> None:
+        """Read the signals of `teacher` from the store at the URL `store`."""
         self.teacher = teacher
-        self.fingerprint = fingerprint
         self.store = SignalStore(store)
 
     def score(self, samples: Sequence[Sample]) -> Callable[[], list[TopKSignals]]:
@@ -33,7 +32,7 @@ class StoreTeacher:
         """
 
         def wait() -> list[TopKSignals]:
-            found = [self.store.get(self.fingerprint, sample.key) for sample in samples]
+            found = [self.store.get(self.teacher.fingerprint, sample.key) for sample in samples]
             for sample, signals in zip(samples, found, strict=True):
                 if signals is None:
                     self._missing(sample)
@@ -42,18 +41,18 @@ class StoreTeacher:
         return wait
 
     def _missing(self, sample: Sample) -> NoReturn:
-        raise MissingSignalsError(missing_text(self.teacher, self.fingerprint, self.store, sample))
+        raise MissingSignalsError(missing_text(self.teacher, self.store, sample))
 
 
-def missing_text(teacher: Teacher, fingerprint: str, store: SignalStore, sample: Sample) -> str:
+def missing_text(teacher: IdentifiedTeacher, store: SignalStore, sample: Sample) -> str:
     """What to say where a sample has no signals of a `store` teacher."""
-    there = store.known()
-    if fingerprint in there:
+    known = store.known()
+    if teacher.fingerprint in known:
         advice = "run these data once with this teacher's live backend and the same store, or leave the sample out"
     else:
-        names = ", ".join(f"{name} ({about.get('name', 'unnamed')})" for name, about in sorted(there.items())) or "none"
+        names = ", ".join(f"{name} ({about.get('name', 'unnamed')})" for name, about in sorted(known.items())) or "none"
         advice = f"the store holds no signals of this fingerprint at all; it holds: {names}. Set stored.fingerprint"
     return (
         f"teacher {teacher.name} has no signals of sample {sample.key[:12]} ({sample.response!r:.60}) in {store.url}, "
-        f"fingerprint {fingerprint}, and its backend is `store`, which asks nobody: {advice}"
+        f"fingerprint {teacher.fingerprint}, and its backend is `store`, which asks nobody: {advice}"
     )

@@ -9,6 +9,7 @@ from rayfuse.config import Teacher
 from rayfuse.data.sample import Sample
 from rayfuse.errors import MissingSignalsError
 from rayfuse.prefer.answers import AnswerStore, Author, Sampling, ask
+from rayfuse.teachers.identity import IdentifiedTeacher
 
 SAMPLING = Sampling(count=3, temperature=0.8, max_new_tokens=7, seed=5)
 PROMPTS = [Sample((("user", text),), "") for text in ("a", "b", "ü🙂")]
@@ -26,7 +27,7 @@ class Writer:
 
 
 def source(folder):
-    return Author(Teacher(model="m", name="m"), "f" * 32, SAMPLING, str(folder))
+    return Author(IdentifiedTeacher(Teacher(model="m", name="m"), "f" * 32), SAMPLING, str(folder))
 
 
 def test_each_sample_index_is_a_call_with_a_seed_of_its_own(tmp_path):

@@ -13,7 +13,7 @@ from rayfuse.prepare.preparer import Preparer
 from rayfuse.prepare.spec import INITIAL, PrepareSpec
 from rayfuse.run.fuse import _refuse_faults
 from rayfuse.run.teachers_first import waves
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.transformers import TransformersTeacher
 
 K = 5
@@ -25,9 +25,9 @@ class Switch:
     gone: set = set()  # noqa: RUF012
     asked: list = []  # noqa: RUF012
 
-    def __init__(self, teacher, fp):
+    def __init__(self, teacher):
         self.name = teacher.name
-        self.backend = TransformersTeacher(teacher, K)
+        self.backend = TransformersTeacher(teacher.teacher, K)
 
     def score(self, samples):
         def wait():
@@ -45,7 +45,7 @@ def world(tiny, tmp_path):
     config = parse_config(tiny.tree(tmp_path / "run"))
     spec = PrepareSpec(
         student=config.student,
-        teachers=tuple((teacher, fingerprint(teacher, K)) for teacher in config.teachers),
+        teachers=tuple(IdentifiedTeacher(teacher, fingerprint(teacher, K)) for teacher in config.teachers),
         store=str(tmp_path / "store"),
         k=K,
         alignment="bytes",
@@ -85,7 +85,9 @@ def test_a_gone_teacher_is_dropped_counted_and_not_waited_for_again(world):
 
 def test_a_teacher_that_is_gone_is_asked_again_after_its_patience(world):
     spec, samples = world
-    hasty = tuple((teacher.model_copy(update={"patience_s": 0.05}), fp) for teacher, fp in spec.teachers)
+    hasty = tuple(
+        dataclasses.replace(one, teacher=one.teacher.model_copy(update={"patience_s": 0.05})) for one in spec.teachers
+    )
     Switch.gone = {"code"}
     preparer = Preparer(dataclasses.replace(spec, teachers=hasty), Switch)
     preparer(samples)
@@ -138,9 +140,13 @@ def test_a_pair_is_dropped_as_a_whole_and_the_initial_model_never(tiny, world):
     spec, _ = world
     pairs, _ = read_preferences(Data(path=str(tiny.root / "pairs.jsonl"), limit=3))
     samples = [sample for pair in pairs for sample in pair]
-    initial = spec.teachers[0][0].model_copy(update={"name": INITIAL})
+    initial = spec.teachers[0].teacher.model_copy(update={"name": INITIAL})
     spec = dataclasses.replace(
-        spec, teachers=(*spec.teachers, (initial, "f" * 32)), k=None, targets=("responses",), stage=InfiFPO()
+        spec,
+        teachers=(*spec.teachers, IdentifiedTeacher(initial, "f" * 32)),
+        k=None,
+        targets=("responses",),
+        stage=InfiFPO(),
     )
     Preparer(dataclasses.replace(spec, on_missing="fail"), Switch)([samples[0], samples[2], samples[3], samples[4]])
     Switch.gone = {"code"}
@@ -179,8 +185,8 @@ def test_waves_are_teachers_that_fit_side_by_side(tiny, tmp_path):
     teacher = parse_config(tiny.tree(tmp_path)).teachers[0]
 
     def named(name, cpus, gpus):
-        return teacher.model_copy(update={"name": name, "cpus": cpus, "gpus": gpus}), name
+        return IdentifiedTeacher(teacher.model_copy(update={"name": name, "cpus": cpus, "gpus": gpus}), name)
 
     teachers = [named("a", 1, 0.5), named("b", 1, 0.5), named("c", 1, 1.0), named("d", 3, 0.0), named("e", 1, 0.0)]
-    assert [[name for _, name in wave] for wave in waves(teachers, 4, 1)] == [["a", "b"], ["c", "d"], ["e"]]
+    assert [[one.name for one in wave] for wave in waves(teachers, 4, 1)] == [["a", "b"], ["c", "d"], ["e"]]
     assert [len(wave) for wave in waves(teachers, 1, 0)] == [1, 1, 1, 1, 1]

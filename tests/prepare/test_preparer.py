@@ -16,7 +16,7 @@ from rayfuse.prepare.preparer import Preparer
 from rayfuse.prepare.spec import PrepareSpec
 from rayfuse.signals.store import SignalStore
 from rayfuse.signals.topk import FIELDS
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.transformers import TransformersTeacher
 
 K = 5
@@ -27,9 +27,9 @@ class Counting:
 
     asked: dict = {}  # noqa: RUF012
 
-    def __init__(self, teacher, fp):
+    def __init__(self, teacher):
         self.name = teacher.name
-        self.backend = TransformersTeacher(teacher, K)
+        self.backend = TransformersTeacher(teacher.teacher, K)
         Counting.asked[self.name] = 0
 
     def score(self, samples):
@@ -42,7 +42,7 @@ def world(tiny, tmp_path):
     config = parse_config(tiny.tree(tmp_path / "run"))
     spec = PrepareSpec(
         student=config.student,
-        teachers=tuple((teacher, fingerprint(teacher, K)) for teacher in config.teachers),
+        teachers=tuple(IdentifiedTeacher(teacher, fingerprint(teacher, K)) for teacher in config.teachers),
         store=str(tmp_path / "store"),
         k=K,
         alignment="bytes",
@@ -111,7 +111,7 @@ def test_each_text_is_forwarded_once(world):
 def test_a_missing_sample_asks_for_the_whole_unit_and_gives_the_same_bits(world):
     spec, samples = world
     first = Preparer(spec, Counting)(samples)
-    path = Path(SignalStore(spec.store).path(spec.teachers[0][1], samples[3].key))
+    path = Path(SignalStore(spec.store).path(spec.teachers[0].fingerprint, samples[3].key))
     path.unlink()
     again = Preparer(spec, Counting)(samples)
     assert Counting.asked == {"math": 8, "code": 0}
@@ -130,7 +130,9 @@ def test_of_preference_pairs_only_the_side_that_is_missing_is_asked(tiny, world)
     batch = Preparer(spec, Counting)(both)
     assert Counting.asked == {"math": 8, "code": 8}
     assert (batch.stats["forwarded/math"], batch.stats["stored/math"]) == (8, 8)
-    expected = [SignalStore(spec.store).get(spec.teachers[0][1], sample.key).token_logps.sum() for sample in both]
+    expected = [
+        SignalStore(spec.store).get(spec.teachers[0].fingerprint, sample.key).token_logps.sum() for sample in both
+    ]
     np.testing.assert_allclose(batch.targets[0].response_logps, expected, rtol=1e-6)
     again = Preparer(spec, Counting)(both)
     assert Counting.asked == {"math": 0, "code": 0}
@@ -140,7 +142,7 @@ def test_of_preference_pairs_only_the_side_that_is_missing_is_asked(tiny, world)
 def test_a_damaged_object_is_counted_and_computed_again(world):
     spec, samples = world
     first = Preparer(spec, Counting)(samples)
-    path = Path(SignalStore(spec.store).path(spec.teachers[1][1], samples[0].key))
+    path = Path(SignalStore(spec.store).path(spec.teachers[1].fingerprint, samples[0].key))
     path.write_bytes(path.read_bytes()[:-3])
     again = Preparer(spec, Counting)(samples)
     assert again.stats["damaged"] == 1

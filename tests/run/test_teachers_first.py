@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from rayfuse.config import parse_config
 from rayfuse.errors import MissingSignalsError, TeacherGoneError
 from rayfuse.run.fuse import fuse
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.serving import applications
 from rayfuse.teachers.serving.replica import TeacherReplica
 
@@ -97,7 +97,7 @@ def _break(config, index):
     cluster.connect(config)
     applications.start_serve()
     teacher = config.teachers[index]
-    name = applications.application_name(teacher, fingerprint(teacher, config.signals.k))
+    name = applications.application_name(IdentifiedTeacher(teacher, fingerprint(teacher, config.signals.k)))
     if name in serve.status().applications:
         serve.delete(name)
     broken = teacher.model_copy(update={"model": str(Path(config.output) / "nowhere")})

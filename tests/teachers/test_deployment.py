@@ -17,7 +17,7 @@ from rayfuse.config import Data, parse_config
 from rayfuse.data.rows import read_samples
 from rayfuse.errors import TeacherError
 from rayfuse.teachers import BACKENDS
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.serving import wishes
 from rayfuse.teachers.serving.applications import application_name, delete, deploy
 from rayfuse.teachers.serving.client import TeacherClient
@@ -52,29 +52,29 @@ def _samples(tiny, n=8):
 def test_a_killed_replica_is_replaced_and_the_answer_is_the_same(tiny, tmp_path, cluster):
     teacher = parse_config(tiny.tree(tmp_path)).teachers[0]
     name = fingerprint(teacher, K)
-    deploy([(teacher, name)], K)
-    client = TeacherClient(teacher, name)
+    deploy([IdentifiedTeacher(teacher, name)], K)
+    client = TeacherClient(IdentifiedTeacher(teacher, name))
     samples = _samples(tiny)
     first = client.score(samples)()
     local = TransformersTeacher(teacher, K).score(samples)
     for mine, theirs in zip(first, local, strict=True):
         assert mine.logps.tobytes() == theirs.logps.tobytes()
         assert mine.token_logps.tobytes() == theirs.token_logps.tobytes()
-    (replica,) = _replicas(application_name(teacher, name))
+    (replica,) = _replicas(application_name(IdentifiedTeacher(teacher, name)))
     waits = [client.score(samples) for _ in range(3)]
     os.kill(replica.pid, signal.SIGKILL)
     for wait in [*waits, client.score(samples)]:
         for mine, theirs in zip(wait(), first, strict=True):
             assert mine.logps.tobytes() == theirs.logps.tobytes()
             assert mine.ids.tobytes() == theirs.ids.tobytes()
-    assert replica.pid not in [process.pid for process in _replicas(application_name(teacher, name))]
+    assert replica.pid not in [process.pid for process in _replicas(application_name(IdentifiedTeacher(teacher, name)))]
 
 
 def test_a_deployed_teacher_answers_prompts_as_it_does_alone(tiny, tmp_path, cluster):
     teacher = parse_config(tiny.tree(tmp_path)).teachers[0]
     name = fingerprint(teacher, K)
-    deploy([(teacher, name)], K)
-    client = TeacherClient(teacher, name)
+    deploy([IdentifiedTeacher(teacher, name)], K)
+    client = TeacherClient(IdentifiedTeacher(teacher, name))
     ask = {"max_new_tokens": 8, "batch_size": 4, "temperature": 0.8}
     waits = [client.generate(_samples(tiny), **ask, seed=seed) for seed in (1, 2, 1)]
     first, other, again = [wait() for wait in waits]
@@ -88,16 +88,16 @@ def test_an_idle_teacher_scales_to_zero_and_comes_back(tiny, tmp_path, cluster):
     tree["teachers"][1]["replicas"] = {"idle_s": 3}
     teacher = parse_config(tree).teachers[1]
     name = fingerprint(teacher, K)
-    deploy([(teacher, name)], K)
-    client = TeacherClient(teacher, name)
+    deploy([IdentifiedTeacher(teacher, name)], K)
+    client = TeacherClient(IdentifiedTeacher(teacher, name))
     client.score(_samples(tiny))()
-    assert len(_replicas(application_name(teacher, name))) == 1
+    assert len(_replicas(application_name(IdentifiedTeacher(teacher, name)))) == 1
     deadline = time.monotonic() + 90
-    while _replicas(application_name(teacher, name)):
+    while _replicas(application_name(IdentifiedTeacher(teacher, name))):
         assert time.monotonic() < deadline, "the idle teacher keeps its replica"
         time.sleep(1)
     assert len(client.score(_samples(tiny))()) == 8
-    delete([(teacher, name)])
+    delete([IdentifiedTeacher(teacher, name)])
 
 
 @pytest.mark.slow
@@ -105,9 +105,9 @@ def test_a_teacher_that_was_removed_is_an_error_that_says_so(tiny, tmp_path, clu
     monkeypatch.setattr("rayfuse.teachers.serving.client.CALL_TIMEOUT_S", 2.0)
     teacher = parse_config(tiny.tree(tmp_path)).teachers[1].model_copy(update={"patience_s": 20.0})
     name = fingerprint(teacher, K)
-    deploy([(teacher, name)], K)
-    client = TeacherClient(teacher, name)
-    serve.delete(application_name(teacher, name))
+    deploy([IdentifiedTeacher(teacher, name)], K)
+    client = TeacherClient(IdentifiedTeacher(teacher, name))
+    serve.delete(application_name(IdentifiedTeacher(teacher, name)))
     with pytest.raises(TeacherError, match=r"removed from the cluster|did not answer"):
         client.score(_samples(tiny))()
 

@@ -22,7 +22,7 @@ from rayfuse.data.sample import Sample
 from rayfuse.errors import ConfigError, RayfuseError
 from rayfuse.signals.codec import unpack
 from rayfuse.teachers.http.served import served
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.serving.client import TeacherClient
 from rayfuse.teachers.transformers import TransformersTeacher
 
@@ -38,7 +38,7 @@ def world(tiny, tmp_path_factory):
     config = parse_config(tiny.tree(tmp_path_factory.mktemp("http")))
     cluster.connect(config)
     teacher = config.teachers[0]
-    teachers = [(teacher, fingerprint(teacher, K))]
+    teachers = [IdentifiedTeacher(teacher, fingerprint(teacher, K))]
     http = Http(port=0, queue=2, max_samples=2, max_new_tokens=8, max_body_bytes=4096)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYFUSE_HTTP_TOKEN", TOKEN)
@@ -55,13 +55,13 @@ def client(world):
 
 
 def test_scores_are_the_teachers_own_in_both_forms(world, client):
-    (teacher, fp), _ = world
-    expected = TransformersTeacher(teacher, K).score(samples_of_row(ROW))[0]
+    teacher, _ = world
+    expected = TransformersTeacher(teacher.teacher, K).score(samples_of_row(ROW))[0]
     body = {"teacher": "math", "samples": [ROW]}
     answer = client.post("/score", json=body)
     assert answer.status_code == 200, answer.text
     said = answer.json()
-    assert (said["teacher"], said["fingerprint"], said["k"]) == ("math", fp, K)
+    assert (said["teacher"], said["fingerprint"], said["k"]) == ("math", teacher.fingerprint, K)
     (signals,) = said["signals"]
     np.testing.assert_array_equal(np.array(signals["logps"], np.float16), expected.logps)
     np.testing.assert_array_equal(signals["ids"], expected.ids)
@@ -77,9 +77,9 @@ def test_scores_are_the_teachers_own_in_both_forms(world, client):
 
 
 def test_openais_client_gets_the_teachers_answers(world):
-    (teacher, _), url = world
+    teacher, url = world
     asked = Sample((("user", "What is 2 + 2?"),), "")
-    (expected,) = TransformersTeacher(teacher, K).generate([asked], max_new_tokens=6, batch_size=1)
+    (expected,) = TransformersTeacher(teacher.teacher, K).generate([asked], max_new_tokens=6, batch_size=1)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=TOKEN, timeout=300)
     done = client.completions.create(model="math", prompt="What is 2 + 2?", max_tokens=6, temperature=0)
     assert done.choices[0].text == expected
@@ -126,9 +126,9 @@ def test_without_the_token_nothing_but_the_description_is_told(world):
 
 def test_a_flood_does_not_starve_a_run(tiny, world):
     """While many clients ask without pause, the run's units come back with the same bits; clients are told to wait."""
-    (teacher, fp), url = world
+    teacher, url = world
     samples = read_samples(Data(path=str(tiny.root / "train.jsonl"), limit=4))[0]
-    run = TeacherClient(teacher, fp)
+    run = TeacherClient(teacher)
     alone = run.score(samples)()
     over = threading.Event()
     answers: list[tuple[int, str]] = []
@@ -169,11 +169,11 @@ def test_the_example_client_runs(world):
 
 
 def test_no_token_no_server_and_a_taken_port_says_so(world, monkeypatch):
-    (teacher, fp), url = world
+    teacher, url = world
     monkeypatch.delenv("RAYFUSE_HTTP_TOKEN", raising=False)
-    with pytest.raises(ConfigError, match="needs a token"), served([(teacher, fp)], K, Http(), Console(quiet=True)):
+    with pytest.raises(ConfigError, match="needs a token"), served([teacher], K, Http(), Console(quiet=True)):
         pass
     monkeypatch.setenv("RAYFUSE_HTTP_TOKEN", TOKEN)
     taken = Http(port=int(url.rpartition(":")[2]))
-    with pytest.raises(RayfuseError, match="cannot listen on"), served([(teacher, fp)], K, taken, Console(quiet=True)):
+    with pytest.raises(RayfuseError, match="cannot listen on"), served([teacher], K, taken, Console(quiet=True)):
         pass

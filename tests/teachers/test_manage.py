@@ -5,7 +5,7 @@ from rich.console import Console
 
 from rayfuse.config import Teacher
 from rayfuse.errors import TeacherError
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.serving import manage
 
 
@@ -24,7 +24,7 @@ def test_an_endpoint_that_is_away_is_left_out_only_where_it_does_not_matter(tiny
     )
     shown = Console(record=True, width=300)
     found = manage._identified([away, here], 5, True, shown)
-    assert found == [(here, fingerprint(here, 5))]
+    assert found == [IdentifiedTeacher(here, fingerprint(here, 5))]
     assert "away is left out: " in shown.export_text()
     with pytest.raises(TeacherError, match=r"127\.0\.0\.1:9"):
         manage._identified([away, here], 5, False, shown)

@@ -11,7 +11,7 @@ from ray.core.generated import autoscaler_pb2
 
 from rayfuse.config import Data, parse_config
 from rayfuse.data.rows import read_samples
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.serving import wishes
 from rayfuse.teachers.serving.applications import application_name, borrowed
 from rayfuse.teachers.serving.client import TeacherClient
@@ -65,7 +65,7 @@ def test_nodes_add_copies_are_drained_and_may_be_lost(tiny, tmp_path, cluster):
     replicas = {"max": 3, "idle_s": 600, "upscale_s": 0}
     teacher = parse_config(tiny.tree(tmp_path)).teachers[0]
     teacher = teacher.model_copy(update={"replicas": teacher.replicas.model_validate(replicas)})
-    named = (teacher, fingerprint(teacher, K))
+    named = IdentifiedTeacher(teacher, fingerprint(teacher, K))
     name = application_name(*named)
     samples = read_samples(Data(path=str(tiny.root / "train.jsonl"), limit=8))[0]
     with borrowed([named], K):

@@ -17,7 +17,7 @@ from rayfuse.errors import ParityError
 from rayfuse.quickstart.skills import make
 from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, save
 from rayfuse.signals.store import SignalStore
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.parity.check import LONG, PROBES, check_parity, compare
 from rayfuse.teachers.parity.reference import Reference
 from rayfuse.teachers.serving.applications import application_name, delete
@@ -188,26 +188,29 @@ def test_through_the_deployment_once_per_fingerprint(tiny, tmp_path):
     cluster.connect(config)
     try:
         store = SignalStore(str(tmp_path / "store"))
-        teachers = [(teacher, fingerprint(teacher, K)) for teacher in config.teachers]
+        teachers = [IdentifiedTeacher(teacher, fingerprint(teacher, K)) for teacher in config.teachers]
         seen = Console(record=True, width=200)
         check_parity(teachers, K, store, seen)
-        note = json.loads(Path(store.root, teachers[0][1], "parity.json").read_text())
+        note = json.loads(Path(store.root, teachers[0].fingerprint, "parity.json").read_text())
         assert note["teacher"] == "math"
         assert note["difference"] < 1e-3
-        assert store.note(teachers[1][1], "parity") is None, "switched off"
+        assert store.note(teachers[1].fingerprint, "parity") is None, "switched off"
         assert "math says what its weights say" in seen.export_text()
         check_parity(teachers, K, store, seen)
         assert not seen.export_text(), "a passed test is not done again"
 
-        teacher, name = config.teachers[1].model_copy(update={"parity": config.teachers[0].parity}), teachers[1][1]
+        teacher, name = (
+            config.teachers[1].model_copy(update={"parity": config.teachers[0].parity}),
+            teachers[1].fingerprint,
+        )
         wrong = teacher.model_copy(update={"dtype": "bfloat16"})
-        application = application_name(teacher, name)
+        application = application_name(IdentifiedTeacher(teacher, name))
         served = serve.deployment(TeacherReplica, name=teacher.name).bind(wrong, K)
         serve.run(served, name=application, route_prefix=None)
         with pytest.raises(ParityError, match=r"code .*cause: dtype"):
-            check_parity([(teacher, name)], K, store, seen)
+            check_parity([IdentifiedTeacher(teacher, name)], K, store, seen)
         assert store.note(name, "parity") is None
-        delete([*teachers, (teacher, name)])
+        delete([*teachers, IdentifiedTeacher(teacher, name)])
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -16,7 +16,7 @@ from rayfuse.cluster import connect
 from rayfuse.config import Data, parse_config
 from rayfuse.data.rows import read_samples
 from rayfuse.errors import ConfigError, TeacherError
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.serving import wishes
 from rayfuse.teachers.serving.applications import application_name, borrowed, delete, deploy
 from rayfuse.teachers.serving.client import TeacherClient
@@ -66,7 +66,7 @@ def _wait(condition, what):
 def test_a_shared_teacher_gets_what_its_users_wish_and_is_found_when_scaled(tiny, cluster):
     """Two runs, up, scale and down on one application, whose copies are never restarted."""
     teacher = cluster.teachers[0]
-    teachers = [(teacher, fingerprint(teacher, K))]
+    teachers = [IdentifiedTeacher(teacher, fingerprint(teacher, K))]
     name = application_name(*teachers[0])
     samples = read_samples(Data(path=str(tiny.root / "train.jsonl"), limit=4))[0]
     shown = Console(record=True, width=220)
@@ -79,8 +79,10 @@ def test_a_shared_teacher_gets_what_its_users_wish_and_is_found_when_scaled(tiny
     assert len(pids) == 1
 
     more = teacher.model_copy(update={"replicas": teacher.replicas.model_copy(update={"min": 1, "max": 5})})
-    assert application_name(more, teachers[0][1]) == name, "a run with other bounds finds the same teacher"
-    with borrowed([(more, teachers[0][1])], K):
+    assert application_name(IdentifiedTeacher(more, teachers[0].fingerprint)) == name, (
+        "a run with other bounds finds the same teacher"
+    )
+    with borrowed([IdentifiedTeacher(more, teachers[0].fingerprint)], K):
         assert wishes.resize(name) == (1, 5)
         manage(cluster, "status", [], shown)
         assert "1 run, up" in shown.export_text()
@@ -143,7 +145,7 @@ from rayfuse.teachers.deployment import deploy
 
 config = load_config(sys.argv[1])
 ray.init(sys.argv[2], logging_level="ERROR")
-teachers = [(teacher, fingerprint(teacher, 5)) for teacher in config.teachers]
+teachers = [IdentifiedTeacher(teacher, fingerprint(teacher, 5)) for teacher in config.teachers]
 deploy(teachers, 5)
 print("deployed", flush=True)
 time.sleep(600)
@@ -157,7 +159,7 @@ def test_a_killed_run_leaves_no_copy_behind(tiny, tmp_path, cluster):
     tree["teachers"] = [{**tree["teachers"][1], "replicas": {"min": 1, "idle_s": 2}}]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
     teacher = parse_config(tree).teachers[0]
-    name = application_name(teacher, fingerprint(teacher, K))
+    name = application_name(IdentifiedTeacher(teacher, fingerprint(teacher, K)))
     address = ray.get_runtime_context().gcs_address
     run = subprocess.Popen(
         [sys.executable, "-c", RUN, str(tmp_path / "run.yaml"), address], stdout=subprocess.PIPE, text=True
@@ -170,4 +172,4 @@ def test_a_killed_run_leaves_no_copy_behind(tiny, tmp_path, cluster):
         os.kill(run.pid, signal.SIGKILL)
         run.wait()
     _wait(lambda: _running(name) == 0, "the killed run's teacher stays")
-    delete([(teacher, fingerprint(teacher, K))])
+    delete([IdentifiedTeacher(teacher, fingerprint(teacher, K))])

@@ -13,7 +13,8 @@ from rayfuse.errors import ConfigError, MissingSignalsError
 from rayfuse.prepare.preparer import Preparer
 from rayfuse.prepare.spec import PrepareSpec
 from rayfuse.signals.store import SignalStore
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers import identity
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.serving.applications import deploy
 from rayfuse.teachers.stored import StoreTeacher
 from rayfuse.teachers.transformers import TransformersTeacher
@@ -44,19 +45,19 @@ def test_a_unit_comes_from_the_store_alone(tiny, tmp_path, written):
     live = parse_config(tiny.tree(tmp_path / "run")).teachers[0]
     absent = air_gapped(tiny, tmp_path, store, stored=name).teachers[0]
     assert fingerprint(absent, K) == name
-    assert deploy([(absent, name)], K) is None
+    deploy(identity.live([IdentifiedTeacher(absent, name)]), K)
     assert not ray.is_initialized()
     batches = []
     for teacher in (live, absent):
         spec = PrepareSpec(
             student=parse_config(tiny.tree(tmp_path / "run")).student,
-            teachers=((teacher, name),),
+            teachers=(IdentifiedTeacher(teacher, name),),
             store=store.url,
             k=K,
             alignment="bytes",
             max_length=200,
         )
-        batches.append(Preparer(spec, lambda teacher, name: StoreTeacher(teacher, name, store.url))(samples))
+        batches.append(Preparer(spec, lambda one: StoreTeacher(one, store.url))(samples))
     (mine,), (theirs,) = (batch.targets for batch in batches)
     assert mine.rows.tolist() == theirs.rows.tolist()
     assert mine.logps.tobytes() == theirs.logps.tobytes()
@@ -74,7 +75,7 @@ def test_a_missing_sample_is_named_with_what_to_do(tiny, tmp_path, written):
     store.fs.rm_file(store.path(name, samples[3].key))
     absent = air_gapped(tiny, tmp_path, store, stored=name).teachers[0]
     with pytest.raises(MissingSignalsError) as caught:
-        StoreTeacher(absent, name, store.url).score(samples)()
+        StoreTeacher(IdentifiedTeacher(absent, name), store.url).score(samples)()
     assert str(caught.value) == (
         f"teacher math has no signals of sample {samples[3].key[:12]} ({samples[3].response!r:.60}) in {store.url}, "
         f"fingerprint {name}, and its backend is `store`, which asks nobody: run these data once with this teacher's "
@@ -86,7 +87,7 @@ def test_a_fingerprint_that_is_not_there_is_told_from_those_that_are(tiny, tmp_p
     store, name, samples = written
     absent = air_gapped(tiny, tmp_path, store, stored="0" * 32).teachers[0]
     with pytest.raises(MissingSignalsError, match=f"it holds: {name} \\(math\\). Set stored.fingerprint"):
-        StoreTeacher(absent, "0" * 32, store.url).score(samples)()
+        StoreTeacher(IdentifiedTeacher(absent, "0" * 32), store.url).score(samples)()
 
 
 def test_check_counts_what_is_missing(tiny, tmp_path, written):

@@ -27,7 +27,7 @@ from jobs.vllm_server import start_server
 from rayfuse.config import parse_config
 from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, save
 from rayfuse.run.fuse import fuse
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.serving.applications import application_name
 from rayfuse.teachers.serving.manage import manage
 from tests.real_tokenizers import TEKKEN
@@ -119,7 +119,7 @@ def _watch(config, server, ended, seen):
     """Add a copy of the transformers teacher after the first steps, and remove it half way; note its copies all the
     way. The endpoint stalls until each change is done, so that the run is still going on."""
     teacher = next(teacher for teacher in config.teachers if teacher.name == "qwen")
-    name = application_name(teacher, fingerprint(teacher, config.signals.k))
+    name = application_name(IdentifiedTeacher(teacher, fingerprint(teacher, config.signals.k)))
     todo = [(2, 2), (STEPS // 2, 1)]
     wanted = None
     metrics = config.stage_folder(0).parents[1] / "metrics.jsonl"

@@ -23,7 +23,7 @@ from jobs.vllm_server import ROOT
 from rayfuse.cluster import connect
 from rayfuse.config import Teacher, parse_config
 from rayfuse.data.sample import Sample
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.serving.applications import application_name, delete, deploy
 from rayfuse.teachers.serving.client import TeacherClient
 from rayfuse.teachers.transformers import TransformersTeacher
@@ -207,11 +207,11 @@ def test_a_replica_in_its_own_interpreter_answers_and_outlives_its_engine(cluste
     samples = _samples()
     plain = TransformersTeacher(_in_transformers(teacher), K)
     expected, answers = plain.score(samples), plain.generate(samples, **ANSWERS)
-    deploy([(teacher, name)], K)
-    client = TeacherClient(teacher, name)
+    deploy([IdentifiedTeacher(teacher, name)], K)
+    client = TeacherClient(IdentifiedTeacher(teacher, name))
     _compare(client.score(samples)(), expected)
     assert client.generate(samples, **ANSWERS)() == answers
-    replica = _replica(application_name(teacher, name))
+    replica = _replica(application_name(IdentifiedTeacher(teacher, name)))
     packages = str(vllm_python).removesuffix("/bin/python")
     assert any(packages in mapped.path for mapped in replica.memory_maps())
     assert replica.environ()["RAYFUSE_TEST_MARK"] == "vllm"
@@ -222,10 +222,10 @@ def test_a_replica_in_its_own_interpreter_answers_and_outlives_its_engine(cluste
         os.kill(process.pid, signal.SIGKILL)
     for wait in [*waits, client.score(samples)]:
         _compare(wait(), expected)
-    other = _replica(application_name(teacher, name))
+    other = _replica(application_name(IdentifiedTeacher(teacher, name)))
     assert other.pid != replica.pid
     assert not replica.is_running()
     family = other.children(recursive=True)
-    delete([(teacher, name)])
+    delete([IdentifiedTeacher(teacher, name)])
     _, alive = psutil.wait_procs([other, *family], timeout=300)
     assert not alive, alive

@@ -13,6 +13,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -25,7 +26,7 @@ from safetensors.numpy import save
 from starlette.concurrency import run_in_threadpool
 
 from rayfuse import __version__
-from rayfuse.config import Http, Teacher
+from rayfuse.config import Http
 from rayfuse.data.render import Renderer
 from rayfuse.data.rows import samples_of_row
 from rayfuse.data.sample import Message, Sample, Turns
@@ -33,6 +34,7 @@ from rayfuse.errors import AlignmentError, DataError, RayfuseError, TeacherGoneE
 from rayfuse.models.loading import load_tokenizer
 from rayfuse.signals.codec import pack
 from rayfuse.signals.topk import TopKSignals
+from rayfuse.teachers.identity import IdentifiedTeacher
 from rayfuse.web.gate import BusyError, Queue, fault
 
 SAFETENSORS = "application/x-safetensors"
@@ -122,22 +124,23 @@ class Front:
     """The teachers behind the routes.
 
     Args:
-        teachers: (teacher, fingerprint) of those that can be asked.
+        teachers: those that can be asked.
         http: limits.
-        connect: how a (teacher, fingerprint) is reached.
+        connect: how a teacher is reached.
     """
 
     def __init__(
-        self, teachers: Sequence[tuple[Teacher, str]], http: Http, connect: Callable[[Teacher, str], Client]
+        self, teachers: Sequence[IdentifiedTeacher], http: Http, connect: Callable[[IdentifiedTeacher], Client]
     ) -> None:
         self.http = http
         # A person does not wait as long as a run does.
         self.teachers = {
-            teacher.name: (teacher.model_copy(update={"patience_s": http.timeout_s}), fp) for teacher, fp in teachers
+            one.name: replace(one, teacher=one.teacher.model_copy(update={"patience_s": http.timeout_s}))
+            for one in teachers
         }
         self.queues = {name: Queue(http.in_flight, http.queue) for name in self.teachers}
-        self._connect = lru_cache(maxsize=None)(lambda name: connect(*self.teachers[name]))
-        self._renderer = lru_cache(maxsize=None)(lambda name: Renderer(load_tokenizer(self.teachers[name][0])))
+        self._connect = lru_cache(maxsize=None)(lambda name: connect(self.teachers[name]))
+        self._renderer = lru_cache(maxsize=None)(lambda name: Renderer(load_tokenizer(self.teachers[name].teacher)))
 
     async def ask(self, name: str, question: Callable[[Client], Callable[[], T]]) -> T:
         """Wait for a turn, ask the teacher, and wait for its answer."""
@@ -215,7 +218,7 @@ def _routes(app: FastAPI, front: Front) -> None:
     async def score(body: ScoreRequest, request: Request) -> Response:
         """Score texts: the teacher's top-K log-probabilities at every position of each response."""
         signals = await front.score(body)
-        about = {"teacher": body.teacher, "fingerprint": front.teachers[body.teacher][1], "k": signals[0].k}
+        about = {"teacher": body.teacher, "fingerprint": front.teachers[body.teacher].fingerprint, "k": signals[0].k}
         if SAFETENSORS in request.headers.get("accept", ""):
             header = {name: str(value) for name, value in about.items()}
             return Response(save(pack(signals), metadata=header), media_type=SAFETENSORS)

@@ -11,11 +11,11 @@ from contextlib import ExitStack, contextmanager
 from rich.console import Console
 
 from rayfuse import cluster
-from rayfuse.config import Config, Http, Teacher
+from rayfuse.config import Config, Http
 from rayfuse.errors import ConfigError
 from rayfuse.signals.store import SignalStore
 from rayfuse.teachers.http.routes import Front, build_app
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, identify, live
 from rayfuse.teachers.parity.check import check_parity
 from rayfuse.teachers.serving import applications
 from rayfuse.teachers.serving.client import TeacherClient
@@ -25,15 +25,14 @@ from rayfuse.web.server import HttpServer
 
 @contextmanager
 def served(
-    teachers: Sequence[tuple[Teacher, str]], k: int, http: Http | None, console: Console
+    teachers: Sequence[IdentifiedTeacher], k: int, http: Http | None, console: Console
 ) -> Iterator[HttpServer | None]:
-    """People may ask the teachers over HTTP while the block runs; nothing happens where `http` is None.
+    """People may ask the live teachers over HTTP while the block runs; nothing happens where `http` is None.
 
     Raises:
         ConfigError: there is no token, or the certificate cannot be used.
         RayfuseError: the port is taken.
     """
-    teachers = applications.live(teachers)
     if http is None or not teachers:
         yield None
         return
@@ -59,14 +58,15 @@ def serve_teachers(config: Config, console: Console) -> None:
         raise ConfigError("teachers is empty; there is nothing to serve")
     cluster.connect(config)
     k = config.signals.k
-    teachers = [(teacher, fingerprint(teacher, k)) for teacher in config.teachers]
+    teachers = identify(config.teachers, k)
+    asked = live(teachers)
     ended = threading.Event()
     with ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
             before = signal.signal(number, lambda *_: ended.set())
             stack.callback(signal.signal, number, before)
-        check_parity(teachers, k, SignalStore(config.store_url), console, [config.student])
-        with served(teachers, k, http, console):
+        check_parity(asked, k, SignalStore(config.store_url), console, [config.student, *config.teachers])
+        with served(asked, k, http, console):
             ended.wait()
 
 

@@ -27,6 +27,7 @@ from rayfuse.errors import ParityError, RayfuseError, TeacherError
 from rayfuse.models.loading import WEIGHT_FILES, context_length, load_model_config, load_tokenizer
 from rayfuse.signals.store import SignalStore
 from rayfuse.signals.topk import TopKSignals
+from rayfuse.teachers.identity import IdentifiedTeacher
 from rayfuse.teachers.parity.diagnosis import diagnose
 from rayfuse.teachers.parity.reference import Reference
 from rayfuse.teachers.serving import applications
@@ -69,46 +70,45 @@ PROBES: dict[str, Sample] = {
 
 
 def check_parity(
-    teachers: Sequence[tuple[Teacher, str]],
+    teachers: Sequence[IdentifiedTeacher],
     k: int,
     store: SignalStore,
     console: Console,
-    others: Sequence[Model] = (),
+    models: Sequence[Model] = (),
 ) -> None:
-    """Test every (teacher, fingerprint) that has not passed yet, and remember those that pass.
+    """Test every teacher that has not passed yet, and remember those that pass.
 
     Args:
-        teachers: which; those with `parity.check: false` are left out.
+        teachers: live ones; those with `parity.check: false` are left out.
         k: kept logits.
         store: where a passed test is kept.
         console: gets one line per teacher that is tested.
-        others: further models of the run, whose chat templates may have been mixed up.
+        models: all models of the run, whose chat templates may have been mixed up.
 
     Raises:
         ParityError: a teacher's answers are not what its own weights say, with the most likely cause.
         TeacherError: a teacher does not answer, or there is no room for its reference forward.
     """
-    asked = [(teacher, fp) for teacher, fp in applications.live(teachers) if teacher.parity.check]
-    todo = [(teacher, fp) for teacher, fp in asked if not _passed(store, teacher, fp)]
+    todo = [one for one in teachers if one.teacher.parity.check and not _passed(store, one)]
     if not todo:
         return
     with applications.borrowed(todo, k, "parity"):
-        _check(todo, store, console, [*others, *(teacher for teacher, _ in teachers)])
+        _check(todo, store, console, models)
 
 
-def _check(todo: Sequence[tuple[Teacher, str]], store: SignalStore, console: Console, models: Sequence[Model]) -> None:
-    probes = {fp: _readable(teacher) for teacher, fp in todo}
-    waits = [TeacherClient(teacher, fp).score(list(probes[fp].values())) for teacher, fp in todo]
+def _check(todo: Sequence[IdentifiedTeacher], store: SignalStore, console: Console, models: Sequence[Model]) -> None:
+    probes = [_readable(one.teacher) for one in todo]
+    waits = [TeacherClient(one).score(list(samples.values())) for one, samples in zip(todo, probes, strict=True)]
     templates = {model.model: _template(model) for model in models}
     judging = []
-    for (teacher, fp), wait in zip(todo, waits, strict=True):
-        answers = dict(zip(probes[fp], wait(), strict=True))
-        task = judge.options(**cluster.parity_task(teacher)) if has_weights(teacher) else None
-        judging.append(task.remote(teacher, answers, templates) if task else None)
-    for (teacher, fp), judged in zip(todo, judging, strict=True):
-        record = _wait_for(teacher, judged) if judged is not None else {"reference": None, "difference": 0.0}
-        store.put_note(fp, NOTE, {"version": VERSION, "teacher": teacher.name, **record})
-        console.print(_line(teacher, record), highlight=False)
+    for one, samples, wait in zip(todo, probes, waits, strict=True):
+        answers = dict(zip(samples, wait(), strict=True))
+        task = judge.options(**cluster.parity_task(one.teacher)) if has_weights(one.teacher) else None
+        judging.append(task.remote(one.teacher, answers, templates) if task else None)
+    for one, judged in zip(todo, judging, strict=True):
+        record = _wait_for(one.teacher, judged) if judged is not None else {"reference": None, "difference": 0.0}
+        store.put_note(one.fingerprint, NOTE, {"version": VERSION, "teacher": one.name, **record})
+        console.print(_line(one.teacher, record), highlight=False)
 
 
 def has_weights(teacher: Teacher) -> bool:
@@ -125,12 +125,12 @@ def tolerance(teacher: Teacher) -> float:
     return TOLERANCE[teacher.dtype] * SLACK.get(teacher.backend, 1.0)
 
 
-def _passed(store: SignalStore, teacher: Teacher, fp: str) -> bool:
-    note = store.note(fp, NOTE)
+def _passed(store: SignalStore, one: IdentifiedTeacher) -> bool:
+    note = store.note(one.fingerprint, NOTE)
     if note is None or note.get("version") != VERSION:
         return False
     difference = note.get("difference")
-    return isinstance(difference, float) and difference <= tolerance(teacher)
+    return isinstance(difference, float) and difference <= tolerance(one.teacher)
 
 
 def _readable(teacher: Teacher) -> dict[str, Sample]:

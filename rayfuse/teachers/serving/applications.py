@@ -16,21 +16,16 @@ from typing import Any
 from ray import serve
 
 from rayfuse import cluster
-from rayfuse.config import Teacher
 from rayfuse.errors import TeacherError
+from rayfuse.teachers.identity import IdentifiedTeacher
 from rayfuse.teachers.serving import wishes
 from rayfuse.teachers.serving.replica import TeacherReplica
 
 
-def application_name(teacher: Teacher, fingerprint: str) -> str:
+def application_name(teacher: IdentifiedTeacher) -> str:
     """The Serve application of a teacher: runs that ask for the same answers by the same means share it."""
-    means = teacher.model_dump_json(include={"cpus", "gpus", "batch_tokens", "runtime_env", "vllm"})
-    return f"rayfuse-teacher-{fingerprint}-{hashlib.sha256(means.encode()).hexdigest()[:8]}"
-
-
-def live(teachers: Sequence[tuple[Teacher, str]]) -> list[tuple[Teacher, str]]:
-    """Those that are more than their stored signals: the ones that are deployed."""
-    return [(teacher, fingerprint) for teacher, fingerprint in teachers if teacher.stored is None]
+    means = teacher.teacher.model_dump_json(include={"cpus", "gpus", "batch_tokens", "runtime_env", "vllm"})
+    return f"rayfuse-teacher-{teacher.fingerprint}-{hashlib.sha256(means.encode()).hexdigest()[:8]}"
 
 
 def start_serve() -> None:
@@ -39,24 +34,22 @@ def start_serve() -> None:
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
 
 
-def deploy(teachers: Sequence[tuple[Teacher, str]], k: int, *, holder: str | None = None) -> None:
-    """Make sure that each (teacher, fingerprint) has its Serve application, with room for the copies it asks for.
+def deploy(teachers: Sequence[IdentifiedTeacher], k: int, *, holder: str | None = None) -> None:
+    """Make sure that each teacher has its Serve application, with room for the copies it asks for.
 
-    An application that is there is used as it is, only its bounds are widened if need be. Teachers that are only their
-    stored signals need none, and no Serve where there are no others.
+    An application that is there is used as it is, only its bounds are widened if need be.
 
     Args:
-        teachers: (teacher, fingerprint).
+        teachers: live ones; without any, Serve is not started.
         k: kept logits.
         holder: who wishes for `teacher.replicas`; default: this run, for as long as it lives.
     """
-    teachers = live(teachers)
     if not teachers:
         return
     start_serve()
     running = serve.status().applications
-    for teacher, fingerprint in teachers:
-        name = application_name(teacher, fingerprint)
+    for identified in teachers:
+        teacher, name = identified.teacher, application_name(identified)
         wishes.wish(name, holder or wishes.this_run(), teacher.replicas.min, teacher.replicas.max)
         if name in running and running[name].status in ("RUNNING", "DEPLOYING"):
             wishes.resize(name)
@@ -70,9 +63,8 @@ def deploy(teachers: Sequence[tuple[Teacher, str]], k: int, *, holder: str | Non
 
 
 @contextmanager
-def borrowed(teachers: Sequence[tuple[Teacher, str]], k: int, purpose: str = "train") -> Iterator[None]:
+def borrowed(teachers: Sequence[IdentifiedTeacher], k: int, purpose: str = "train") -> Iterator[None]:
     """The teachers for as long as the block runs; what only it wished for then scales to zero when idle."""
-    teachers = live(teachers)
     if not teachers:
         yield
         return
@@ -83,33 +75,28 @@ def borrowed(teachers: Sequence[tuple[Teacher, str]], k: int, purpose: str = "tr
     finally:
         # Where the cluster is gone too, what ended the block is the error to be seen.
         with suppress(Exception):
-            for teacher, fingerprint in teachers:
-                name = application_name(teacher, fingerprint)
+            for name in map(application_name, teachers):
                 wishes.withdraw(name, holder)
                 wishes.resize(name)
 
 
-def retire(teachers: Sequence[tuple[Teacher, str]]) -> None:
+def retire(teachers: Sequence[IdentifiedTeacher]) -> None:
     """Remove, and wait until their memory is free, those of the teachers that nobody wishes for."""
-    teachers = live(teachers)
     if not teachers:
         return
     running = serve.status().applications
-    for teacher, fingerprint in teachers:
-        name = application_name(teacher, fingerprint)
+    for name in map(application_name, teachers):
         if name in running and not wishes.wishes(name):
             with suppress(TimeoutError):  # it goes on ending, and who needs its room waits for that
                 serve.delete(name)
 
 
-def delete(teachers: Sequence[tuple[Teacher, str]]) -> None:
-    """Remove the applications of (teacher, fingerprint) at once; otherwise they scale to zero by themselves."""
-    teachers = live(teachers)
+def delete(teachers: Sequence[IdentifiedTeacher]) -> None:
+    """Remove the teachers' applications at once; otherwise they scale to zero by themselves."""
     if not teachers:
         return
     running = serve.status().applications
-    for teacher, fingerprint in teachers:
-        name = application_name(teacher, fingerprint)
+    for name in map(application_name, teachers):
         wishes.forget(name)
         if name in running:
             serve.delete(name, _blocking=False)

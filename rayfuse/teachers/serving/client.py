@@ -12,11 +12,11 @@ from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from rayfuse.config import Teacher
 from rayfuse.data.sample import Sample
 from rayfuse.errors import RayfuseError, TeacherError, TeacherGoneError
 from rayfuse.signals.codec import unpack
 from rayfuse.signals.topk import TopKSignals
+from rayfuse.teachers.identity import IdentifiedTeacher
 from rayfuse.teachers.serving.applications import application_name
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,9 @@ class _Unsent:
 class TeacherClient:
     """Asks one teacher, and asks again when a replica dies; usable from any task or actor of the cluster."""
 
-    def __init__(self, teacher: Teacher, fingerprint: str) -> None:
-        self.teacher = teacher
-        self.name = application_name(teacher, fingerprint)
+    def __init__(self, teacher: IdentifiedTeacher) -> None:
+        self.teacher = teacher.teacher
+        self.name = application_name(teacher)
         self._handle: Any = None
 
     def score(self, samples: Sequence[Sample]) -> Callable[[], list[TopKSignals]]:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rayfuse import cluster
 from rayfuse.config import Config, Teacher
 from rayfuse.errors import ConfigError, TeacherError
-from rayfuse.teachers.identity import fingerprint
+from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.serving import applications, wishes
 
 SHORT_PATIENCE_S = 5.0
@@ -56,13 +56,15 @@ def manage(config: Config, action: str, arguments: Sequence[str], console: Conso
     ACTIONS[action](config, teachers, arguments, console)
 
 
-def _identified(wanted: Sequence[Teacher], k: int, without_absent: bool, console: Console) -> list[tuple[Teacher, str]]:
-    """(teacher, fingerprint); `without_absent`: an endpoint that is away is named and left out."""
+def _identified(
+    wanted: Sequence[Teacher], k: int, without_absent: bool, console: Console
+) -> Sequence[IdentifiedTeacher]:
+    """The teachers with their fingerprints; `without_absent`: an endpoint that is away is named and left out."""
     teachers = []
     for teacher in wanted:
         asked = teacher.model_copy(update={"patience_s": SHORT_PATIENCE_S}) if without_absent else teacher
         try:
-            teachers.append((teacher, fingerprint(asked, k)))
+            teachers.append(IdentifiedTeacher(teacher, fingerprint(asked, k)))
         except TeacherError as error:
             if not without_absent:
                 raise
@@ -70,24 +72,22 @@ def _identified(wanted: Sequence[Teacher], k: int, without_absent: bool, console
     return teachers
 
 
-def _up(config: Config, teachers: list[tuple[Teacher, str]], _: Sequence[str], console: Console) -> None:
+def _up(config: Config, teachers: Sequence[IdentifiedTeacher], _: Sequence[str], console: Console) -> None:
     applications.deploy(teachers, config.signals.k, holder=wishes.KEPT)
     console.print(status_table(teachers))
 
 
-def _down(config: Config, teachers: list[tuple[Teacher, str]], _: Sequence[str], console: Console) -> None:
+def _down(config: Config, teachers: Sequence[IdentifiedTeacher], _: Sequence[str], console: Console) -> None:
     users = {
-        teacher.name: [
-            holder for holder in wishes.wishes(applications.application_name(teacher, fp)) if _is_run(holder)
-        ]
-        for teacher, fp in teachers
+        teacher.name: [holder for holder in wishes.wishes(applications.application_name(teacher)) if _is_run(holder)]
+        for teacher in teachers
     }
     used = {name: runs for name, runs in users.items() if runs}
     if used:
         who = "; ".join(f"{name}: {len(runs)} (job {', '.join(runs)})" for name, runs in used.items())
         raise TeacherError(f"runs are using these teachers, end them first: {who}")
     applications.delete(teachers)
-    console.print(f"removed {', '.join(teacher.name for teacher, _ in teachers) or 'nothing'}")
+    console.print(f"removed {', '.join(teacher.name for teacher in teachers) or 'nothing'}")
 
 
 def _named(teachers: Sequence[Teacher], arguments: Sequence[str]) -> Teacher:
@@ -102,10 +102,10 @@ def _named(teachers: Sequence[Teacher], arguments: Sequence[str]) -> Teacher:
     return by_name[arguments[0]]
 
 
-def _scale(config: Config, teachers: list[tuple[Teacher, str]], arguments: Sequence[str], console: Console) -> None:
+def _scale(config: Config, teachers: Sequence[IdentifiedTeacher], arguments: Sequence[str], console: Console) -> None:
     (teacher,) = teachers
     name, copies = arguments[0], int(arguments[1])
-    application = applications.application_name(*teacher)
+    application = applications.application_name(teacher)
     if copies:
         wishes.wish(application, wishes.PINNED, copies, copies)
     else:
@@ -116,16 +116,16 @@ def _scale(config: Config, teachers: list[tuple[Teacher, str]], arguments: Seque
     console.print(status_table([teacher]))
 
 
-def _status(config: Config, teachers: list[tuple[Teacher, str]], _: Sequence[str], console: Console) -> None:
+def _status(config: Config, teachers: Sequence[IdentifiedTeacher], _: Sequence[str], console: Console) -> None:
     console.print(status_table(teachers))
 
 
-def status_table(teachers: Sequence[tuple[Teacher, str]]) -> Table:
+def status_table(teachers: Sequence[IdentifiedTeacher]) -> Table:
     """One row per teacher: what its copies do, how many there may be, and who wants them."""
     table = Table("teacher", "state", "copies", "bounds", "held by", "application")
     running = serve.status().applications
-    for teacher, fp in teachers:
-        name = applications.application_name(teacher, fp)
+    for teacher in teachers:
+        name = applications.application_name(teacher)
         application = running.get(name)
         if application is None:
             table.add_row(teacher.name, "not up", "", "", "", name)
@@ -156,7 +156,7 @@ def _holders(current: wishes.Wishes) -> str:
     return ", ".join(parts) or "nobody"
 
 
-ACTIONS: dict[str, Callable[[Config, list[tuple[Teacher, str]], Sequence[str], Console], None]] = {
+ACTIONS: dict[str, Callable[[Config, Sequence[IdentifiedTeacher], Sequence[str], Console], None]] = {
     "up": _up,
     "down": _down,
     "status": _status,
