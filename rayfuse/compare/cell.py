@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 import shutil
@@ -30,6 +29,7 @@ from rayfuse.compare.texts import pairs_of, responses_of, texts_file
 from rayfuse.config import STAGES, Benchmark, Config, Teacher, TeacherStage, parse_config
 from rayfuse.data.sample import Sample
 from rayfuse.evaluation.models import measure_items
+from rayfuse.files import folder_whole, write_whole
 from rayfuse.metrics.records import read_metrics
 from rayfuse.quickstart.world import EXPERTS, World
 from rayfuse.run.pairwise import train_pairwise
@@ -176,10 +176,8 @@ def _train_once(kept: Path, job: StageJob) -> Path:
     model = kept / hashlib.sha256(json.dumps(made_of).encode()).hexdigest() / "model"
     if not model.exists():
         trained = train_here(job)
-        beside = model.with_name(f".model.{os.getpid()}")
-        shutil.copytree(trained, beside)
-        if not model.exists():  # another cell was faster
-            beside.rename(model)
+        with folder_whole(model, replace=False) as copy:  # another cell may be faster
+            shutil.copytree(trained, copy, dirs_exist_ok=True)
     return model
 
 
@@ -191,9 +189,7 @@ def _source(config: Config, sides: tuple[str, ...]) -> UnitSource:
     if not kept.exists():
         source = load_source(config, sides, Console(quiet=True))
         units = [unit for block in ray.get(list(source.blocks)) for unit in block]
-        beside = kept.with_name(f".{kept.name}.{os.getpid()}")
-        beside.write_bytes(pickle.dumps((units, source.sizes, source.content, source.counts)))
-        beside.replace(kept)
+        write_whole(kept, pickle.dumps((units, source.sizes, source.content, source.counts)))
     units, sizes, content, counts = pickle.loads(kept.read_bytes())
     return UnitSource([ray.put(units[i : i + BLOCK]) for i in range(0, len(units), BLOCK)], sizes, content, counts)
 

@@ -24,6 +24,7 @@ from rayfuse.compare.texts import texts_file, write_texts
 from rayfuse.compare.tuning import Rows, best_settings, donated, right
 from rayfuse.config import STAGES, Config, parse_config
 from rayfuse.errors import RayfuseError
+from rayfuse.files import write_whole
 from rayfuse.quickstart.world import EXPERTS, build_world
 from rayfuse.teachers.serving import applications
 
@@ -40,9 +41,7 @@ class Results:
         """Keep one row; the file is the old one or the new one, never half of it."""
         self.rows[row["cell"]] = row
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.half")
-        pd.DataFrame(list(self.rows.values())).to_parquet(beside, index=False)
-        beside.replace(self.path)
+        write_whole(self.path, pd.DataFrame(list(self.rows.values())).to_parquet(index=False))
 
 
 def compare(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -58,9 +57,7 @@ def write_once(rows: list[Row], path: Path) -> Path:
     """Write rows as JSON lines where they are not written yet."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        write_rows(rows, beside)
-        beside.replace(path)
+        write_rows(rows, path)
     return path
 
 

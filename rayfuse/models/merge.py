@@ -20,6 +20,7 @@ import torch
 
 from rayfuse.config import Dtype
 from rayfuse.errors import ConfigError, ModelError
+from rayfuse.files import folder_whole
 from rayfuse.models.merge_formulas import DENSITIES, MERGES, Recipe
 from rayfuse.models.shards import FLOATS, INDEX, Kind, Shards, some_of, write_shard
 
@@ -78,15 +79,9 @@ def merge(
     root, *leaves = [Shards.open(model) for model in (base, *students)]
     for leaf in leaves:
         _check_student(root, leaf, any_float=dtype is not None)
-    half = output.with_name(f".{output.name}.half")
-    shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
-    try:
+    with folder_whole(output) as half:
         _copy_rest(base, half, dtype)
         _write_weights(half, root, leaves, method, recipe, dtype)
-        half.rename(output)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
     return output
 
 

@@ -13,6 +13,7 @@ from random import Random
 from typing import Any, Literal, NamedTuple
 
 from rayfuse.errors import DataError
+from rayfuse.files import write_whole
 
 Split = Literal["train", "heldout"]
 
@@ -68,7 +69,7 @@ def split_of(prompt: str) -> Split:
 
 def write_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ---- math: running sums and differences, comparisons ----

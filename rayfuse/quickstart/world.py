@@ -10,8 +10,6 @@ import argparse
 import hashlib
 import json
 import multiprocessing
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rayfuse.files import folder_whole
 from rayfuse.quickstart import skills, tiny_models
 
 TRAIN_ROWS_PER_SKILL = 4000
@@ -106,16 +105,10 @@ def build_world(
     if folder.exists():
         progress(f"models and data found in {folder}")
         return World(folder)
-    unfinished = cache / f".{folder.name}.{os.getpid()}"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    _write_data(World(unfinished), seed)
-    times = train_all(recipes(seed), unfinished, progress, map_function)
-    (unfinished / "times.json").write_text(json.dumps(times, indent=2))
-    if folder.exists():  # another process was faster
-        shutil.rmtree(unfinished)
-    else:
-        unfinished.rename(folder)
+    with folder_whole(folder, replace=False) as unfinished:  # another process may be faster
+        _write_data(World(unfinished), seed)
+        times = train_all(recipes(seed), unfinished, progress, map_function)
+        (unfinished / "times.json").write_text(json.dumps(times, indent=2), encoding="utf-8")
     return World(folder)
 
 

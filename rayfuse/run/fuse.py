@@ -26,6 +26,7 @@ from rayfuse.check.machine import check_environments, check_machine, check_servi
 from rayfuse.config import Config, TeacherStage
 from rayfuse.errors import ConfigError
 from rayfuse.evaluation.models import evaluate_all
+from rayfuse.files import folder_whole, write_whole
 from rayfuse.metrics.live import LiveLine
 from rayfuse.report.card import write_card
 from rayfuse.report.page import write_report
@@ -133,12 +134,9 @@ def _refuse_faults(config: Config) -> None:
 def _finish(config: Config, results: dict[str, Any]) -> Path:
     """The fused model's folder with its card, results.json and the report."""
     output = Path(config.output)
-    half = output / ".model.half"
-    shutil.rmtree(half, ignore_errors=True)
-    shutil.copytree(config.stage_folder(len(config.stages) - 1) / "model", half)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    write_card(half / "README.md", config, results)
-    shutil.rmtree(output / "model", ignore_errors=True)
-    half.rename(output / "model")
+    with folder_whole(output / "model") as half:
+        shutil.copytree(config.stage_folder(len(config.stages) - 1) / "model", half, dirs_exist_ok=True)
+        write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
+        write_card(half / "README.md", config, results)
     write_report(output)
     return output / "model"

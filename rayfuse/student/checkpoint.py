@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rayfuse.errors import CheckpointError
+from rayfuse.files import sync_folder, write_whole
 
 log = logging.getLogger(__name__)
 State = dict[str, dict[str, torch.Tensor]]
@@ -79,10 +80,10 @@ def save_checkpoint(
     if rank == 0:
         files = {path.name: _describe(path) for path in sorted(half.iterdir())}
         manifest = {"step": step, "world": world, "identity": identity, "files": files}
-        _write_durably(half / "MANIFEST.json", json.dumps(manifest, indent=2).encode())
+        write_whole(half / "MANIFEST.json", json.dumps(manifest, indent=2))
         shutil.rmtree(final, ignore_errors=True)
         half.rename(final)
-        _sync(root)
+        sync_folder(root)
         with (stage_folder / "checkpoints.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "folder": final.name, "time": time.time()}) + "\n")
         for old in sorted(_steps(root))[:-keep]:
@@ -140,18 +141,3 @@ def _describe(path: Path) -> dict[str, int | str]:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
     return {"size": path.stat().st_size, "sha256": digest}
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

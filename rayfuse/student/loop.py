@@ -7,7 +7,6 @@ the same thing.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from ray.exceptions import RayError
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Stage
 from rayfuse.errors import MissingSignalsError, RayfuseError, StudentError
+from rayfuse.files import folder_whole
 from rayfuse.metrics.records import MetricsWriter, read_metrics
 from rayfuse.prepare.spec import INITIAL
 from rayfuse.stages import METHODS, ranks
@@ -172,8 +172,5 @@ def _save(job: StageJob, engine: TorchEngine, step: int, rank: int, world: int) 
 
 def write_model(engine: TorchEngine, folder: Path) -> None:
     """The stage's result: `model/`, which has its name only when it is complete."""
-    half = folder / ".model.half"
-    shutil.rmtree(half, ignore_errors=True)
-    engine.export(half)
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    half.rename(folder / "model")
+    with folder_whole(folder / "model") as half:
+        engine.export(half)
