@@ -1,7 +1,7 @@
 """Writing files and folders so that they are there completely or not at all, also after a crash of the machine.
 
-Until it is complete it has a hidden name beside its own, with the writer's process in it. For objects on any file system
-and with any number of writers see signals/objects.py.
+Until it is complete it has a hidden name beside its own, with the writer's process in it. For objects on any file
+system and with any number of writers see signals/objects.py.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from rayfuse import cli
 from rayfuse.config import STAGES, Config, InfiFusion, Section, apply_override, config_json, load_config, parse_config
 from rayfuse.errors import ConfigError
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 RAYFUSE = str(Path(sys.executable).with_name("rayfuse"))
 MINIMAL = """\
 student: microsoft/phi-4

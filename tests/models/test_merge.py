@@ -27,7 +27,7 @@ from rayfuse.models.merge import merge
 from rayfuse.models.merge_formulas import MERGES, Recipe
 from rayfuse.models.shards import INDEX, SINGLE
 
-GOLDEN = Path(__file__).parent / "data" / "merge_golden.safetensors"
+GOLDEN = Path(__file__).with_name("merge_golden.safetensors")
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
