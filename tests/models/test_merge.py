@@ -1,7 +1,7 @@
 """Merging: every formula against a naive one, against stored results of mergekit, and, where there is one, mergekit.
 
 `RAYFUSE_MERGEKIT_PYTHON=/path/to/python pytest -m slow tests/test_merge.py` compares with the mergekit of that
-interpreter; `RAYFUSE_MERGEKIT_PYTHON=... python tests/test_merge.py` writes tests/data/merge_golden.safetensors anew.
+interpreter; `RAYFUSE_MERGEKIT_PYTHON=... python tests/models/test_merge.py` writes merge_golden.safetensors anew.
 """
 
 from __future__ import annotations
