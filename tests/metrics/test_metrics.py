@@ -13,7 +13,7 @@ from rayfuse.metrics.records import MetricsWriter, read_metrics
 WRITER = """
 import sys
 from pathlib import Path
-from rayfuse.metrics import MetricsWriter
+from rayfuse.metrics.records import MetricsWriter
 path, name = Path(sys.argv[1]), sys.argv[2]
 writer = MetricsWriter(path)
 for step in range(1, 201):

@@ -17,7 +17,7 @@ from rayfuse.losses import fused_head
 from rayfuse.prepare.preparer import Preparer
 from rayfuse.prepare.spec import PrepareSpec
 from rayfuse.stages.sft import sft_loss
-from rayfuse.student.engines import ddp as engine_module
+from rayfuse.student.engines import head as head_module
 from rayfuse.student.engines.ddp import TorchEngine
 
 STAGE = Stage(method="sft", learning_rate=1e-3)
@@ -164,7 +164,7 @@ class Tensors(TorchDispatchMode):
 
 def test_full_logits_are_never_made(student, batch, monkeypatch):
     """Forward and backward: no tensor is larger than a chunk of logits, the weights, or an activation."""
-    monkeypatch.setattr(engine_module, "fused_head", lambda *args, **kwargs: fused_head(*args, chunk=16, **kwargs))
+    monkeypatch.setattr(head_module, "fused_head", lambda *args, **kwargs: fused_head(*args, chunk=16, **kwargs))
     engine = _engine(student)
     config = engine.model.config
     with Tensors() as recorded:
