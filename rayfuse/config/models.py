@@ -22,7 +22,7 @@ class Model(Section):
     )
 
     @model_validator(mode="after")
-    def _remote_code_isnamed(self) -> Model:
+    def _remote_code_is_named(self) -> Model:
         if self.trust_remote_code is not None and self.trust_remote_code != self.model:
             raise ValueError(
                 f"trust_remote_code must repeat the model's name {self.model!r} to allow its code to run, "
