@@ -21,8 +21,8 @@ OPENING = """\
 # Configuration
 
 Every key of a run's YAML file. Written by `python -m rayfuse.config.reference` from the descriptions in
-it is an error that names the key: nothing is adjusted silently. Any value can be changed on the command line, for
-example `rayfuse fuse run.yaml stages.0.steps=100 data.limit=1000`.
+[`rayfuse/config/`](../rayfuse/config); a test compares the two. Keys that do not exist are refused. A value is valid,
+or it is an error that names the key: nothing is adjusted silently. Any value can be changed on the command line:
 `rayfuse fuse run.yaml stages.0.steps=100 data.limit=1000`.
 """
 
