@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from rayfuse.config.section import Place, Section
+from rayfuse.config.section import NewPlace, Place, Section
 
 
 class Data(Section):
     """Conversations (`messages`) or pairs (`prompt`, `response`); the loss is on the assistant's turns only."""
+
+    shorthand: ClassVar[str] = "path"
 
     path: Place = Field(min_length=1, description=".jsonl, .json or .parquet file, folder of a data set, or hub id")
     name: str | None = Field(None, description="configuration name of a hub data set")
@@ -29,11 +31,15 @@ class Signals(Section):
     """What the teachers are asked for, and where their answers are kept."""
 
     k: int = Field(10, ge=2, description="top-K logits kept per position")
-    store: Place | None = Field(None, description="folder or fsspec URL of the signal store; default: OUTPUT/signals")
+    store: NewPlace | None = Field(
+        None, description="folder or fsspec URL of the signal store; default: OUTPUT/signals"
+    )
 
 
 class Benchmark(Section):
     """Held-out items: JSONL or Parquet rows of `prompt`, `response` and, where wanted, `skill`."""
+
+    shorthand: ClassVar[str] = "path"
 
     path: Place = Field(min_length=1, description="rows of prompt, response and, optionally, skill")
     limit: int | None = Field(None, ge=1, description="use only the first items")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, model_validator
 
-from rayfuse.config.section import Section
+from rayfuse.config.section import NewPlace, Section
 
 
 def _server_address(value: str) -> str:
@@ -45,6 +45,8 @@ class Endpoint(Section):
     The key is read where a request is sent, from the environment or a file of that node; it stands in no configuration.
     """
 
+    shorthand: ClassVar[str] = "url"
+
     url: Annotated[str, AfterValidator(_server_address)] = Field(
         description="address up to the API's version, for example https://teacher.example.com/v1"
     )
@@ -52,10 +54,10 @@ class Endpoint(Section):
     api_key_env: Annotated[str, AfterValidator(_variable_name)] | None = Field(
         None, description="name of the environment variable that holds the API key, on every node that asks the server"
     )
-    api_key_file: str | None = Field(
+    api_key_file: NewPlace | None = Field(
         None, min_length=1, description="file that holds the API key (a mounted secret), read again for every request"
     )
-    ca_file: str | None = Field(
+    ca_file: NewPlace | None = Field(
         None, min_length=1, description="PEM file of the authority that signed the server's certificate, where private"
     )
     insecure: str | None = Field(
@@ -103,6 +105,8 @@ def is_loopback(host: str) -> bool:
 
 class Stored(Section):
     """Which signals of the store a teacher without a model stands for."""
+
+    shorthand: ClassVar[str] = "fingerprint"
 
     fingerprint: str | None = Field(
         None,

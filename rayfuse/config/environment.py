@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from rayfuse.config.section import Section
+from rayfuse.config.section import LocalPath, Section
 
 _SECRET_NAME = re.compile(r"(^|_)(api_?key|key|token|secret|pass(word|wd|phrase)?|credentials?)(_|$)|password", re.I)
 _URL_WITH_USER = re.compile(r"://[^/\s]*@")
@@ -20,7 +20,7 @@ class RuntimeEnv(Section):
     imports; rayfuse's own code is sent there.
     """
 
-    py_executable: str | None = Field(
+    py_executable: Annotated[str, LocalPath(resolve=False)] | None = Field(
         None, min_length=1, description="interpreter of another virtual environment, there on every node that serves it"
     )
     pip: tuple[str, ...] = Field((), description="packages that Ray installs with pip beside those of the run")

@@ -13,6 +13,7 @@ from rayfuse.config.section import Section, by_method
 class Judge(Section):
     """What every judge has."""
 
+    shorthand: ClassVar[str] = "method"
     needs: ClassVar[Literal["", "answer", "tests"]] = ""
     """What a row of prompts must hold besides the prompt."""
 

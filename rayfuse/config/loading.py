@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from rayfuse.config.run import Config
+from rayfuse.config.section import Section, sections_in
 from rayfuse.config.stages import STAGES
 from rayfuse.errors import ConfigError
 
@@ -99,19 +100,18 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
             child = {}
         elif isinstance(child, str):
             # `student: some/model` is short for a section: the override opens it.
-            child = {_SHORTHAND.get(part, _SHORTHAND.get(parts[0], "model")): child}
+            child = {_shorthand(parts[: depth + 1]): child}
         node[index] = child
         node = child
 
 
-_SHORTHAND = {
-    "data": "path",
-    "preferences": "path",
-    "evaluate": "path",
-    "stages": "method",
-    "prompts": "path",
-    "judge": "method",
-}
+def _shorthand(path: Sequence[str]) -> str:
+    """The key that a bare text at this place of the configuration stands for."""
+    kinds: list[type[Section]] = [Config]
+    for part in path:
+        fields = [kind.model_fields[part] for kind in kinds if part in kind.model_fields]
+        kinds = kinds if part.isdecimal() else [inner for field in fields for inner in sections_in(field.annotation)]
+    return next((kind.shorthand for kind in kinds if kind.shorthand), "model")
 
 
 def config_json(config: Config) -> str:

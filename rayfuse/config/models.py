@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from rayfuse.config.section import Dtype, Section
+from rayfuse.config.section import Dtype, LocalPath, Place, Section
 
 
 class Model(Section):
     """Where a model comes from, and how it is loaded."""
 
-    model: str = Field(min_length=1, description="Hugging Face id or local folder")
+    shorthand: ClassVar[str] = "model"
+
+    model: Place = Field(min_length=1, description="Hugging Face id or local folder")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model; a commit pins it")
-    tokenizer: str | None = Field(None, description="id or folder of the tokenizer; default: the model's own")
-    gguf_file: str | None = Field(None, description="name of a GGUF file inside `model`, loaded through transformers")
+    tokenizer: Place | None = Field(None, description="id or folder of the tokenizer; default: the model's own")
+    gguf_file: Annotated[str, LocalPath(inside=True)] | None = Field(
+        None, description="name of a GGUF file inside `model`, loaded through transformers"
+    )
     dtype: Dtype = Field("bfloat16", description="number format of the weights while they are used")
-    trust_remote_code: str | None = Field(
+    trust_remote_code: Place | None = Field(
         None, description="repeat the model's name here to run the Python code that ships with it; never on by default"
     )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from rayfuse.config.data import Data
 from rayfuse.config.judges import AnyJudge
-from rayfuse.config.section import Place, Section, named
+from rayfuse.config.section import NewPlace, Section
 from rayfuse.config.teachers import Replicas
 
 
@@ -22,10 +22,10 @@ class Prefer(Section):
     """
 
     write: Literal["preferences", "triples", "responses"] = Field("preferences", description="kind of rows to write")
-    prompts: Annotated[Data | None, BeforeValidator(lambda value: named(value, "path"))] = Field(
+    prompts: Data | None = Field(
         None, description="rows of `prompt`, or of `messages` up to a user turn; default: the prompts of `data`"
     )
-    output: str | None = Field(
+    output: NewPlace | None = Field(
         None, min_length=1, description="the .jsonl file to write; default: the path of `preferences`"
     )
     judge: AnyJudge | None = Field(None, description="what scores a response: a reward model, or a verifier")
@@ -42,7 +42,7 @@ class Prefer(Section):
     min_gap: float = Field(0.0, ge=0, description="the chosen response's score is above the rejected one's by more")
     replicas: Replicas = Field(Replicas(), description="copies of the pivot, while it answers")
     in_flight: int = Field(4, ge=1, description="units of prompts that are answered at a time")
-    store: Place | None = Field(None, description="folder or fsspec URL that keeps answers; default: OUTPUT/answers")
+    store: NewPlace | None = Field(None, description="folder or fsspec URL that keeps answers; default: OUTPUT/answers")
 
     @model_validator(mode="after")
     def _consistent(self) -> Prefer:

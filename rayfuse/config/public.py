@@ -6,12 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rayfuse.config import (
-    Config,
-)
-
-PATH_KEYS = frozenset({"model", "tokenizer", "trust_remote_code", "gguf_file", "path", "output", "store"})
-"""Keys of the configuration whose values may be local paths."""
+from rayfuse.config import Config
 
 
 def public_name(value: str) -> str:
@@ -35,16 +30,9 @@ def public_config(config: Config) -> dict[str, Any]:
 
     Of a teacher's endpoint the model's name is left: where a company's servers and secrets are is nobody's business.
     """
-    tree = config.model_dump(mode="json", exclude={"cluster": True, "serving": {"http"}})
+    public = config.with_paths(lambda _, path: public_name(path))
+    tree = public.model_dump(mode="json", exclude={"cluster": True, "serving": {"http"}})
     for teacher in tree["teachers"]:
         if teacher["endpoint"] is not None:
-            teacher["endpoint"] = {"model": teacher["endpoint"]["model"]}
-    return {key: _public(key, value) for key, value in tree.items()}
-
-
-def _public(key: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        return {inner: _public(inner, item) for inner, item in value.items()}
-    if isinstance(value, list):
-        return [_public(key, item) for item in value]
-    return public_name(value) if key in PATH_KEYS and isinstance(value, str) else value
+            teacher["endpoint"] = {"model": public_name(teacher["endpoint"]["model"])}
+    return tree

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rayfuse.config.data import Benchmark, Data, Signals
 from rayfuse.config.models import Model, Student
 from rayfuse.config.prefer import Prefer
-from rayfuse.config.section import Section, named
+from rayfuse.config.section import LocalPath, NewPlace, Section, named
 from rayfuse.config.serving import Serving
 from rayfuse.config.stages import AnyStage
 from rayfuse.config.stages.base import Distillation
@@ -28,26 +28,20 @@ RESERVED_NAMES = ("model", "checkpoints", "initial", "pivot")
 """Names that stages and tables use themselves."""
 
 
-def _absolute(path: str, new: bool = False) -> str:
-    """A local path (`~/` too) made absolute; hub ids, URLs and (unless new) what does not exist stay as they are."""
-    path = str(Path(path).expanduser()) if path.startswith("~/") else path
-    return str(Path(path).resolve()) if "://" not in path and (new or Path(path).exists()) else path
-
-
 class Config(Section):
     """One run, from data to fused model."""
 
-    student: Annotated[Student, BeforeValidator(lambda value: named(value, "model"))]
-    teachers: tuple[Annotated[Teacher, BeforeValidator(lambda value: named(value, "model"))], ...] = ()
-    data: Annotated[Data, BeforeValidator(lambda value: named(value, "path"))]
-    preferences: Annotated[Data | None, BeforeValidator(lambda value: named(value, "path"))] = Field(
+    student: Student
+    teachers: tuple[Teacher, ...] = ()
+    data: Data
+    preferences: Data | None = Field(
         None, description="rows of prompt, chosen and rejected, for the stages that learn from preferences"
     )
     prefer: Prefer | None = Field(None, description="preference or training data to make with `rayfuse prefer`")
     stages: tuple[AnyStage, ...]
-    output: str = Field(min_length=1, description="run folder, on a file system that every node sees")
+    output: NewPlace = Field(min_length=1, description="run folder, on a file system that every node sees")
     signals: Signals = Signals()
-    evaluate: Annotated[Benchmark, BeforeValidator(lambda value: named(value, "path"))] | None = None
+    evaluate: Benchmark | None = None
     serving: Serving = Serving()
     cluster: Cluster = Cluster()
     seed: int = Field(0, ge=0, description="order of the units; with config, data and world size it fixes the result")
@@ -141,54 +135,7 @@ class Config(Section):
 
     def absolute(self) -> Config:
         """The same configuration with every local path absolute, for processes that run in other folders."""
-
-        def model(section: Any) -> Any:
-            paths = {"model": _absolute(section.model), "tokenizer": section.tokenizer and _absolute(section.tokenizer)}
-            if section.trust_remote_code is not None:
-                paths["trust_remote_code"] = paths["model"]
-            if getattr(section, "endpoint", None) is not None:
-                files = {key: getattr(section.endpoint, key) for key in ("api_key_file", "ca_file")}
-                absolute = {key: _absolute(path, True) for key, path in files.items() if path}
-                paths["endpoint"] = section.endpoint.model_copy(update=absolute)
-            return section.model_copy(update=paths)
-
-        def teacher(section: Teacher) -> Teacher:
-            environment = section.runtime_env
-            if environment is None or environment.py_executable is None:
-                return model(section)
-            # Not resolved: the link to the interpreter is what makes it that of a virtual environment.
-            python = Path(environment.py_executable).expanduser().absolute()
-            if not python.exists():  # it may be there on other nodes
-                return model(section)
-            named_whole = environment.model_copy(update={"py_executable": str(python)})
-            return model(section.model_copy(update={"runtime_env": named_whole}))
-
-        def file(section: Any) -> Any:
-            return section and section.model_copy(update={"path": _absolute(section.path)})
-
-        prefer = self.prefer
-        if prefer is not None:
-            judge = prefer.judge
-            changes = {
-                "prompts": file(prefer.prompts),
-                "output": prefer.output and _absolute(prefer.output, True),
-                "judge": model(judge) if isinstance(judge, Model) else judge,
-                "store": prefer.store and _absolute(prefer.store, True),
-            }
-            prefer = prefer.model_copy(update=changes)
-        signals = self.signals.model_copy(update={"store": self.signals.store and _absolute(self.signals.store, True)})
-        return self.model_copy(
-            update={
-                "student": model(self.student),
-                "teachers": tuple(teacher(section) for section in self.teachers),
-                "data": file(self.data),
-                "preferences": file(self.preferences),
-                "evaluate": file(self.evaluate),
-                "prefer": prefer,
-                "signals": signals,
-                "output": _absolute(self.output, True),
-            }
-        )
+        return self.with_paths(LocalPath.absolute)
 
     @property
     def store_url(self) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rayfuse.config.section import Section
+from rayfuse.config.section import NewPlace, Section
 
 
 class Http(Section):
@@ -15,9 +15,9 @@ class Http(Section):
     host: str = Field("127.0.0.1", description="address to listen on; the default is reached from this machine only")
     port: int = Field(8000, ge=0, le=65535, description="port; 0: any that is free")
     token_env: str = Field("RAYFUSE_HTTP_TOKEN", description="environment variable with the token clients must send")
-    token_file: str | None = Field(None, description="file with the token, in place of the variable")
-    certificate: str | None = Field(None, description="file with the server's TLS certificate chain (PEM)")
-    certificate_key: str | None = Field(None, description="file with its private key (PEM)")
+    token_file: NewPlace | None = Field(None, description="file with the token, in place of the variable")
+    certificate: NewPlace | None = Field(None, description="file with the server's TLS certificate chain (PEM)")
+    certificate_key: NewPlace | None = Field(None, description="file with its private key (PEM)")
     in_flight: int = Field(
         1, ge=1, description="requests that may be inside a teacher at a time, beside the run's units"
     )

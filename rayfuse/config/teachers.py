@@ -98,12 +98,10 @@ class Teacher(Model):
     parity: ParitySection = Parity()
     runtime_env: RuntimeEnv | None = Field(None, description="interpreter and packages of its own; default: the run's")
     vllm: VLLM | None = Field(None, description="options of backend vllm")
-    endpoint: Annotated[Endpoint | None, BeforeValidator(lambda value: named(value, "url"))] = Field(
+    endpoint: Endpoint | None = Field(
         None, description="backend openai: the server; `model` is then a name, and `tokenizer` where its tokenizer is"
     )
-    stored: Annotated[Stored | None, BeforeValidator(lambda value: named(value, "fingerprint"))] = Field(
-        None, description="backend store: which signals"
-    )
+    stored: Stored | None = Field(None, description="backend store: which signals")
 
     @model_validator(mode="before")
     @classmethod

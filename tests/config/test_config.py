@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from rayfuse import cli
 from rayfuse.config import STAGES, Config, InfiFusion, Section, apply_override, config_json, load_config, parse_config
+from rayfuse.config.public import public_config
 from rayfuse.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -470,3 +471,46 @@ def test_other_errors_are_not_hidden(monkeypatch, minimal):
     monkeypatch.setattr(sys, "argv", ["rayfuse", "fuse", str(minimal)])
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+def test_every_kind_of_path_is_made_absolute_and_shown_without_its_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").touch()
+    (tmp_path / "pivot").mkdir()
+    config = parse_config(
+        {
+            "student": {"model": "pivot", "trust_remote_code": "pivot", "tokenizer": "pivot"},
+            "teachers": ["some/teacher"],
+            "data": "data/*.jsonl",
+            "stages": ["sft"],
+            "output": "run",
+            "serving": {"http": {"certificate": "chain.pem", "certificate_key": "key.pem"}},
+        }
+    )
+    absolute = config.absolute()
+    assert absolute.student.model == absolute.student.trust_remote_code == str(tmp_path / "pivot")
+    assert absolute.teachers[0].model == "some/teacher"
+    assert absolute.data.path == str(tmp_path / "data" / "*.jsonl")
+    assert absolute.serving.http.certificate == str(tmp_path / "chain.pem")
+    shown = json.dumps(public_config(absolute))
+    assert str(tmp_path) not in shown
+    assert public_config(absolute)["student"]["tokenizer"] == "pivot"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("prefer.judge.workers=2", {"method": "exact", "workers": 2}),
+        ("preferences.limit=3", {"path": "pairs.jsonl", "limit": 3}),
+        ("stages.0.steps=5", {"method": "sft", "steps": 5}),
+        ("teachers.0.dtype=float32", {"model": "m", "dtype": "float32"}),
+    ],
+)
+def test_an_override_opens_the_section_that_a_bare_text_stood_for(override, value):
+    tree = {"teachers": ["m"], "stages": ["sft"], "preferences": "pairs.jsonl", "prefer": {"judge": "exact"}}
+    apply_override(tree, override)
+    node = tree
+    for part in override.partition("=")[0].split(".")[:-1]:
+        node = node[int(part)] if part.isdecimal() else node[part]
+    assert node == value

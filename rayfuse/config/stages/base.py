@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from rayfuse.config.section import Section, named
+from rayfuse.config.section import Section
 
 
 class Stage(Section):
@@ -17,6 +17,8 @@ class Stage(Section):
     sides: ClassVar[tuple[str, ...]] = ()
     """Names of the responses to one prompt that the loss compares, which are the keys of a row of `preferences`; none
     where the stage learns from `data`."""
+
+    shorthand: ClassVar[str] = "method"
 
     method: str
     start_from: Literal["previous", "pivot"] = Field(
@@ -47,6 +49,8 @@ class Stage(Section):
 class Merge(Section):
     """How the students of a pairwise stage, one per teacher, become one model."""
 
+    shorthand: ClassVar[str] = "method"
+
     method: Literal["task_arithmetic", "ties", "sce"] = Field(description="formula of the merge")
     density: float | None = Field(
         None, gt=0, le=1, description="share of each tensor's elements kept by ties (default 0.2) and sce (0.1)"
@@ -57,10 +61,6 @@ class Merge(Section):
     )
 
 
-PairwiseMerge = Annotated[Merge, BeforeValidator(lambda value: named(value, "method"))]
-"""A merge in a configuration: a formula's name, or a section."""
-
-
 class TeacherStage(Stage):
     """What the stages share that learn from the teachers' answers to `data`.
 
@@ -69,9 +69,7 @@ class TeacherStage(Stage):
 
     uses_teachers: ClassVar[bool] = True
 
-    merge: PairwiseMerge | None = Field(
-        None, description="pairwise form: train one student per teacher, and merge them so"
-    )
+    merge: Merge | None = Field(None, description="pairwise form: train one student per teacher, and merge them so")
 
 
 class Distillation(TeacherStage):

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from rayfuse.config.stages.base import Distillation, Merge, PairwiseMerge, TeacherStage
+from rayfuse.config.stages.base import Distillation, Merge, TeacherStage
 
 
 class KL(Distillation):
@@ -64,7 +64,7 @@ class FuseChat(TeacherStage):
 
     method: Literal["fusechat"] = "fusechat"
     lam: float = Field(0.1, ge=0, le=1, description="share of the teacher in the target; 1 - lam is the written text's")
-    merge: PairwiseMerge | None = Field(Merge(method="sce"), description="how the students become one model")
+    merge: Merge | None = Field(Merge(method="sce"), description="how the students become one model")
 
     @field_validator("merge")
     @classmethod
