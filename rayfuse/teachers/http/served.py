@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from rayfuse import cluster
 from rayfuse.config import Config, Http
+from rayfuse.config.endpoint import is_loopback
 from rayfuse.errors import ConfigError
 from rayfuse.signals.store import SignalStore
 from rayfuse.teachers.http.routes import Front, build_app
@@ -41,7 +41,7 @@ def served(
         app = build_app(Front(teachers, http, TeacherClient))
         server = HttpServer(http, Gate(app, token, http.max_body_bytes))
         console.print(f"teachers answer at {server.url} (description: {server.url}/docs)", highlight=False)
-        if not _is_loopback(http.host) and http.certificate is None:
+        if not is_loopback(http.host) and http.certificate is None:
             console.print("[yellow]remark[/] serving.http has no certificate: token and texts travel unencrypted")
         try:
             yield server
@@ -68,10 +68,3 @@ def serve_teachers(config: Config, console: Console) -> None:
         check_parity(asked, k, SignalStore(config.store_url), console, [config.student, *config.teachers])
         with served(asked, k, http, console):
             ended.wait()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
