@@ -16,6 +16,7 @@ from rayfuse.errors import LossError
 from rayfuse.losses.head import (
     SLICE_BYTES,
     Head,
+    Options,
     add_products,
     check_inputs,
     chunk_logits,
@@ -83,11 +84,9 @@ def fused_head(
     if picks is not None:
         _check_picks(picks, len(hidden), valid_vocab or len(weight))
     count = int((labels != ignore_index).sum())
-    gradients = torch.is_grad_enabled()
     with torch.autocast(hidden.device.type, enabled=False):
-        loss_ce, topk, ids, lse, label_logps, picked = _FusedHead.apply(
-            hidden, weight, bias, labels, k, head, ignore_index, chunk, count, gradients, picks, lse_gradient
-        )
+        options = _Options(head, ignore_index, chunk, k, count, torch.is_grad_enabled(), lse_gradient)
+        loss_ce, topk, ids, lse, label_logps, picked = _FusedHead.apply(hidden, weight, bias, labels, picks, options)
     return HeadOutput(loss_ce, topk, ids, lse, label_logps, count, None if picks is None else picked)
 
 
@@ -100,6 +99,16 @@ def _check_picks(picks: torch.Tensor, positions: int, vocabulary: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Options(Options):
+    """Beside what every head needs: kept logits, labels that count, whether gradients are asked for, and lse's."""
+
+    k: int
+    count: int
+    gradients: bool
+    lse_gradient: bool
+
+
 class _FusedHead(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -108,49 +117,42 @@ class _FusedHead(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
-        k: int,
-        head: Head,
-        ignore_index: int,
-        chunk: int | None,
-        count: int,
-        gradients: bool,
         picks: torch.Tensor | None,
-        lse_gradient: bool,
+        options: _Options,
     ) -> tuple[torch.Tensor, ...]:
-        N = len(hidden)
+        N, head = len(hidden), options.head
         weight_VH, bias_V = valid_rows(weight, bias, head)
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        topk = hidden.new_empty((N, k), dtype=wide)
-        ids = labels.new_empty((N, k), dtype=torch.int64)
+        work_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        topk = hidden.new_empty((N, options.k), dtype=work_dtype)
+        ids = labels.new_empty((N, options.k), dtype=torch.int64)
         picks = labels.new_empty((N, 0), dtype=torch.int64) if picks is None else picks
-        picked = hidden.new_empty(picks.shape, dtype=wide)
-        lse = hidden.new_empty(N, dtype=wide)
-        label_logps = hidden.new_empty(N, dtype=wide)
-        wants = [gradients and need for need in ctx.needs_input_grad[:3]]
-        now = [want and not lse_gradient for want in wants]
-        grads = _zeros((hidden, weight, bias), now, wide)
+        picked = hidden.new_empty(picks.shape, dtype=work_dtype)
+        lse = hidden.new_empty(N, dtype=work_dtype)
+        label_logps = hidden.new_empty(N, dtype=work_dtype)
+        wants = [options.gradients and need for need in ctx.needs_input_grad[:3]]
+        now = [want and not options.lse_gradient for want in wants]
+        grads = _zeros((hidden, weight, bias), now, work_dtype)
 
-        for rows in chunks(hidden, len(weight_VH), chunk):
+        for rows in chunks(hidden, len(weight_VH), options.chunk):
             logits_CV = chunk_logits(hidden[rows], weight_VH, bias_V, head)
-            topk[rows], ids[rows] = block_topk(logits_CV, k)
+            topk[rows], ids[rows] = block_topk(logits_CV, options.k)
             picked[rows] = logits_CV.gather(1, picks[rows])
-            label_C, ignored_C = label_logits(logits_CV, labels[rows], ignore_index)
+            label_C, ignored_C = label_logits(logits_CV, labels[rows], options.ignore_index)
             slope_CV = logits_CV.square() if any(now) and head.softcap is not None else None
             lse[rows], sums_C1 = exp_in_place(logits_CV, topk[rows, :1])
             label_logps[rows] = (label_C - lse[rows]).masked_fill(ignored_C, 0.0)
             if any(now):
-                learned_C1 = (~ignored_C).to(wide)[:, None]
+                learned_C1 = (~ignored_C).to(work_dtype)[:, None]
                 _to_gradient(logits_CV, sums_C1, learned_C1, learned_C1, labels[rows])
                 to_inner_logits(logits_CV, slope_CV, head)
                 add_products(grads, rows, logits_CV, hidden[rows], weight_VH)
             del logits_CV, slope_CV
 
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(ids, label_logps, *([] if lse_gradient else [lse]))
+        ctx.mark_non_differentiable(ids, label_logps, *([] if options.lse_gradient else [lse]))
         ctx.save_for_backward(hidden, weight, bias, labels, topk, ids, picked, picks)
-        ctx.grads, ctx.head, ctx.count, ctx.wants = grads, head, count, wants
-        ctx.lse_gradient, ctx.ignore_index, ctx.chunk = lse_gradient, ignore_index, chunk
-        return -label_logps.sum() / max(count, 1), topk, ids, lse, label_logps, picked
+        ctx.grads, ctx.wants, ctx.options = grads, wants, options
+        return -label_logps.sum() / max(options.count, 1), topk, ids, lse, label_logps, picked
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -164,18 +166,18 @@ class _FusedHead(torch.autograd.Function):
             )
         grads, ctx.grads = ctx.grads, None
         hidden, weight, _, _, topk, ids, picked, picks = ctx.saved_tensors
-        share = topk.new_zeros(()) if grad_loss is None else grad_loss / max(ctx.count, 1)
-        if ctx.lse_gradient:
+        share = topk.new_zeros(()) if grad_loss is None else grad_loss / max(ctx.options.count, 1)
+        if ctx.options.lse_gradient:
             grads = _softmax_gradient(ctx, share, others[1])
         else:
             for grad in grads:
                 if grad is not None:
                     grad.mul_(share)
-        for grad_values, values, of_ids in ((grad_topk, topk, ids), (others[-1], picked, picks)):
-            if grad_values is not None and of_ids.numel():
-                _add_gathered_gradient(grads, grad_values, values, of_ids, hidden, weight, ctx.head)
+        for grad_values, values, token_ids in ((grad_topk, topk, ids), (others[-1], picked, picks)):
+            if grad_values is not None and token_ids.numel():
+                _add_gathered_gradient(grads, grad_values, values, token_ids, hidden, weight, ctx.options.head)
         cast = [None if grad is None else grad.to(hidden.dtype) for grad in grads]
-        return *cast, *[None] * 9
+        return *cast, None, None, None  # labels, picks, options
 
 
 def _zeros(inputs: tuple[torch.Tensor | None, ...], wants: list[bool], dtype: torch.dtype) -> list[torch.Tensor | None]:
@@ -189,31 +191,32 @@ def _zeros(inputs: tuple[torch.Tensor | None, ...], wants: list[bool], dtype: to
 def _to_gradient(
     exps_CV: torch.Tensor,
     sums_C1: torch.Tensor,
-    of_lse_C1: torch.Tensor,
-    of_label_C1: torch.Tensor,
+    lse_share_C1: torch.Tensor,
+    label_share_C1: torch.Tensor,
     labels_C: torch.Tensor,
 ) -> None:
-    """Turn exp(logits) into the gradient of `of_lse * lse - of_label * logit of the label`, in place.
+    """Turn exp(logits) into the gradient of `lse_share * lse - label_share * logit of the label`, in place.
 
-    `of_label` is 0 where the label is ignored.
+    `label_share` is 0 where the label is ignored.
     """
-    exps_CV *= of_lse_C1 / sums_C1
-    exps_CV.scatter_add_(1, labels_C[:, None].masked_fill(of_label_C1 == 0, 0), -of_label_C1)
+    exps_CV *= lse_share_C1 / sums_C1
+    exps_CV.scatter_add_(1, labels_C[:, None].masked_fill(label_share_C1 == 0, 0), -label_share_C1)
 
 
 def _softmax_gradient(ctx: Any, share: torch.Tensor, grad_lse: torch.Tensor | None) -> list[torch.Tensor | None]:
     """The cross-entropy's gradient times `share`, and that of lse, chunk by chunk."""
     hidden, weight, bias, labels, topk, *_ = ctx.saved_tensors
-    weight_VH, bias_V = valid_rows(weight, bias, ctx.head)
+    options = ctx.options
+    weight_VH, bias_V = valid_rows(weight, bias, options.head)
     grads = _zeros((hidden, weight, bias), ctx.wants, topk.dtype)
-    of_label_N1 = (share * (labels != ctx.ignore_index))[:, None].to(topk.dtype)
-    of_lse_N1 = of_label_N1 if grad_lse is None else of_label_N1 + grad_lse[:, None]
-    for rows in chunks(hidden, len(weight_VH), ctx.chunk):
-        grad_CV = chunk_logits(hidden[rows], weight_VH, bias_V, ctx.head)
-        squares_CV = grad_CV.square() if ctx.head.softcap is not None else None
+    label_share_N1 = (share * (labels != options.ignore_index))[:, None].to(topk.dtype)
+    lse_share_N1 = label_share_N1 if grad_lse is None else label_share_N1 + grad_lse[:, None]
+    for rows in chunks(hidden, len(weight_VH), options.chunk):
+        grad_CV = chunk_logits(hidden[rows], weight_VH, bias_V, options.head)
+        squares_CV = grad_CV.square() if options.head.softcap is not None else None
         _, sums_C1 = exp_in_place(grad_CV, topk[rows, :1])
-        _to_gradient(grad_CV, sums_C1, of_lse_N1[rows], of_label_N1[rows], labels[rows])
-        to_inner_logits(grad_CV, squares_CV, ctx.head)
+        _to_gradient(grad_CV, sums_C1, lse_share_N1[rows], label_share_N1[rows], labels[rows])
+        to_inner_logits(grad_CV, squares_CV, options.head)
         add_products(grads, rows, grad_CV, hidden[rows], weight_VH)
     return grads
 

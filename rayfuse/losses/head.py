@@ -31,6 +31,21 @@ class Head:
     valid_vocab: int | None = None
 
 
+@dataclass(frozen=True)
+class Options:
+    """What is no tensor among the arguments of a computation under a head.
+
+    Attributes:
+        head: see Head.
+        ignore_index: label of a position that is not learnt.
+        chunk: positions whose logits are held at once; None: as many as the default's bytes hold.
+    """
+
+    head: Head
+    ignore_index: int
+    chunk: int | None
+
+
 def check_inputs(
     hidden: torch.Tensor,
     weight: torch.Tensor,

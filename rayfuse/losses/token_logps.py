@@ -12,6 +12,7 @@ import torch
 
 from rayfuse.losses.head import (
     Head,
+    Options,
     add_products,
     check_inputs,
     chunk_logits,
@@ -46,7 +47,7 @@ def token_logps(
     head = Head(scale, softcap, valid_vocab)
     check_inputs(hidden, weight, labels, 1, bias, head, ignore_index)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _TokenLogps.apply(hidden, weight, bias, labels, head, ignore_index, chunk)
+        return _TokenLogps.apply(hidden, weight, bias, labels, Options(head, ignore_index, chunk))
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -57,39 +58,38 @@ class _TokenLogps(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         labels: torch.Tensor,
-        head: Head,
-        ignore_index: int,
-        chunk: int | None,
+        options: Options,
     ) -> torch.Tensor:
-        weight_VH, bias_V = valid_rows(weight, bias, head)
+        weight_VH, bias_V = valid_rows(weight, bias, options.head)
         logps_N = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for rows in chunks(hidden, len(weight_VH), chunk):
-            logits_CV = chunk_logits(hidden[rows], weight_VH, bias_V, head)
-            label_C, ignored_C = label_logits(logits_CV, labels[rows], ignore_index)
+        for rows in chunks(hidden, len(weight_VH), options.chunk):
+            logits_CV = chunk_logits(hidden[rows], weight_VH, bias_V, options.head)
+            label_C, ignored_C = label_logits(logits_CV, labels[rows], options.ignore_index)
             lse_C, _ = exp_in_place(logits_CV, logits_CV.amax(dim=-1, keepdim=True))
             logps_N[rows] = (label_C - lse_C).masked_fill(ignored_C, 0.0)
         ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.head, ctx.ignore_index, ctx.chunk = head, ignore_index, chunk
+        ctx.options = options
         return logps_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, bias, labels = ctx.saved_tensors
-        weight_VH, bias_V = valid_rows(weight, bias, ctx.head)
+        options = ctx.options
+        weight_VH, bias_V = valid_rows(weight, bias, options.head)
         grads = [
             torch.zeros_like(x, dtype=grad_N.dtype) if want and x is not None else None
             for x, want in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         ]
-        for rows in chunks(hidden, len(weight_VH), ctx.chunk):
-            grad_CV = chunk_logits(hidden[rows], weight_VH, bias_V, ctx.head)
-            squares_CV = grad_CV.square() if ctx.head.softcap is not None else None
-            ignored_C1 = (labels[rows] == ctx.ignore_index)[:, None]
+        for rows in chunks(hidden, len(weight_VH), options.chunk):
+            grad_CV = chunk_logits(hidden[rows], weight_VH, bias_V, options.head)
+            squares_CV = grad_CV.square() if options.head.softcap is not None else None
+            ignored_C1 = (labels[rows] == options.ignore_index)[:, None]
             grad_C1 = grad_N[rows, None].masked_fill(ignored_C1, 0.0)
             _, sums_C1 = exp_in_place(grad_CV, grad_CV.amax(dim=-1, keepdim=True))
             grad_CV *= -grad_C1 / sums_C1
             grad_CV.scatter_add_(1, labels[rows, None].masked_fill(ignored_C1, 0), grad_C1)
-            to_inner_logits(grad_CV, squares_CV, ctx.head)
+            to_inner_logits(grad_CV, squares_CV, options.head)
             add_products(grads, rows, grad_CV, hidden[rows], weight_VH)
         cast = [None if grad is None else grad.to(hidden.dtype) for grad in grads]
-        return *cast, *[None] * 4
+        return *cast, None, None  # labels, options

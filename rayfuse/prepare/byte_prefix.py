@@ -82,15 +82,14 @@ def carry(
     Returns:
         n + 1 dictionaries, each summing to 1, or empty where the teacher says nothing.
     """
-    starts_T = [0, *teacher.signals.byte_ends.tolist()]  # bytes read at each teacher row
-    starts_S = [0, *student_ends.tolist()]
-    first_rows = np.searchsorted(starts_T, starts_S, side="right") - 1
-    rows = [_row(teacher, row, text, starts_T) for row in range(len(teacher.signals))]
+    starts_T = [0, *teacher.signals.byte_ends.tolist()]
+    starts_S = [0, *student_ends.tolist(), len(text) + 1]  # the end of the turn ends beyond the text
+    first_rows = np.searchsorted(starts_T, starts_S[:-1], side="right") - 1
+    reading = _Reading(text, starts_T, [_row(teacher, row, text, starts_T) for row in range(len(teacher.signals))])
     carried = []
-    for i, start in enumerate(starts_S):
-        last = i + 1 == len(starts_S)
-        end = len(text) + 1 if last else starts_S[i + 1]
-        mass = _at(start, end, int(first_rows[i]), rows, starts_T, text, labels[i], labels[-1], prefixes)
+    for i, first_row in enumerate(first_rows.tolist()):
+        place = _Place(starts_S[i], starts_S[i + 1], labels[i], labels[-1])
+        mass = _carried_mass(reading, first_row, place, prefixes)
         total = sum(mass.values())
         carried.append({index: chance / total for index, chance in mass.items()} if total >= MIN_MASS else {})
     return carried
@@ -102,6 +101,23 @@ class _Row(NamedTuple):
     candidates: list[tuple[bytes | None, float]]
     actual: bytes | None
     chance: float
+
+
+class _Reading(NamedTuple):
+    """A response as a teacher reads it: its bytes, how many of them each row has read, and what each row says."""
+
+    text: bytes
+    starts: Sequence[int]
+    rows: Sequence[_Row]
+
+
+class _Place(NamedTuple):
+    """A student row: bytes read, where its own next token ends, that token, and the end of the turn."""
+
+    start: int
+    end: int
+    label: int
+    end_of_turn: int
 
 
 def _row(teacher: TeacherSide, row: int, text: bytes, starts_T: Sequence[int]) -> _Row:
@@ -118,51 +134,49 @@ def _row(teacher: TeacherSide, row: int, text: bytes, starts_T: Sequence[int]) -
     return _Row(candidates, actual, chance)
 
 
-def _at(
-    start: int,
-    end: int,
-    row: int,
-    rows: Sequence[_Row],
-    starts_T: Sequence[int],
-    text: bytes,
-    label: int,
-    end_of_turn: int,
-    prefixes: PrefixMap,
-) -> dict[int, float]:
-    """Student id -> mass at one student row that has read `start` bytes and whose own next token ends at `end`."""
-    begin = starts_T[row]
-    read = text[begin:start]  # what the student read beyond the teacher's boundary
-    written = text[start:end]  # its own next token
+def _carried_mass(reading: _Reading, row: int, place: _Place, prefixes: PrefixMap) -> dict[int, float]:
+    """Student id -> mass at one student row.
+
+    The walk begins at the teacher's last row that has read no more than the student (`row`), and goes through the
+    teacher's own tokens for as long as they end before the student's next token does. Each row on the way adds its
+    candidates, weighted by the probability of the path to it.
+    """
+    begin = reading.starts[row]
+    prefix_read = reading.text[begin : place.start]  # what the student read beyond the teacher's boundary
+    next_token = reading.text[place.start : place.end]
     mass: dict[int, float] = {}
-    way = 1.0
+    path_probability = 1.0
     while True:
-        there = text[begin : starts_T[row]]  # what the teacher has read since
-        of_row = rows[row]
-        # Where the teacher's next token ends before the student's does, the way goes on through it.
-        through = of_row.actual is not None and starts_T[row + 1] < end
-        for piece, chance in of_row.candidates:
+        teacher_read = reading.text[begin : reading.starts[row]]
+        said = reading.rows[row]
+        passes = said.actual is not None and reading.starts[row + 1] < place.end
+        for piece, chance in said.candidates:
             if piece is None:
-                index = end_of_turn if there == read else None
+                index = place.end_of_turn if teacher_read == prefix_read else None
             else:
-                rest = (there + piece)[len(read) :] if (there + piece).startswith(read) else b""
-                if not rest or (through and piece == of_row.actual):
+                continuation = teacher_read + piece
+                rest = continuation[len(prefix_read) :] if continuation.startswith(prefix_read) else b""
+                if not rest or (passes and piece == said.actual):  # the next row says what follows it
                     continue
-                index = label if written and rest.startswith(written) else prefixes.find(rest)
+                index = place.label if next_token and rest.startswith(next_token) else prefixes.find(rest)
             if index is not None:
-                mass[index] = mass.get(index, 0.0) + way * chance
-        way *= of_row.chance
-        if not through or way < MIN_MASS**2:
+                mass[index] = mass.get(index, 0.0) + path_probability * chance
+        path_probability *= said.chance
+        if not passes or path_probability < MIN_MASS**2:
             return mass
         row += 1
 
 
 def mix(
-    of_teachers: Sequence[Sequence[dict[int, float]]], weights: Sequence[float], labels: Sequence[int], width: int
+    carried_by_teacher: Sequence[Sequence[dict[int, float]]],
+    weights: Sequence[float],
+    labels: Sequence[int],
+    width: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One sparse target per row from all teachers.
 
     Args:
-        of_teachers: per teacher, per row, what `carry` gave.
+        carried_by_teacher: per teacher, per row, what `carry` gave.
         weights: of the teachers in this sample, summing to 1; renormalised over those that say something at a row.
         labels: [n + 1] the ids that follow; where no teacher says anything, the label has all the mass.
         width: M, ids kept per row.
@@ -175,7 +189,7 @@ def mix(
     mass = np.zeros((len(labels), width), dtype=np.float32)
     for row, label in enumerate(labels):
         merged: dict[int, float] = {}
-        for weight, carried in zip(weights, of_teachers, strict=True):
+        for weight, carried in zip(weights, carried_by_teacher, strict=True):
             for index, chance in carried[row].items():
                 merged[index] = merged.get(index, 0.0) + weight * chance
         mass[row, 0] = merged.pop(label, 0.0)
