@@ -109,8 +109,7 @@ def evaluate(model: Teacher, role: str, items: Sequence[Sample], benchmark: Benc
     try:
         bits, right = measure_items(backend, items, benchmark)
     finally:
-        if hasattr(backend, "close"):  # an engine in processes of its own
-            backend.close()
+        backend.close()
     size = np.array([len(item.response.encode()) for item in items], dtype=np.float64)
     accuracy: dict[str, Accuracy] = {}
     if right:

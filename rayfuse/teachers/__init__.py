@@ -40,6 +40,12 @@ class Backend(Protocol):
                 same prompt twice in one call is answered twice alike; ask again with another seed for another answer.
         """
 
+    def check_health(self) -> None:
+        """Raise DeadEngineError where nothing can be answered any more; an engine in this process lives as it does."""
+
+    def close(self) -> None:
+        """End what runs in processes of its own."""
+
 
 def _transformers(teacher: Teacher, k: int) -> Backend:
     from rayfuse.teachers.transformers import TransformersTeacher

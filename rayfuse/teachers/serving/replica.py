@@ -79,11 +79,10 @@ class TeacherReplica:
         """
         if self.broken:
             raise TeacherError(f"teacher {self.name}: the device failed: {self.broken}")
-        if hasattr(self.backend, "check_health"):
-            try:
-                self.backend.check_health()
-            except DeadEngineError as error:
-                self._leave(error)
+        try:
+            self.backend.check_health()
+        except DeadEngineError as error:
+            self._leave(error)
         longest = max((time.monotonic() - since for since in list(self.since.values())), default=0.0)
         if longest > self.limit_s:
             raise TeacherError(
@@ -95,7 +94,7 @@ class TeacherReplica:
 
     def __del__(self) -> None:
         """Called by Serve when it takes this copy away: an engine in processes of its own ends with it."""
-        if hasattr(self, "backend") and hasattr(self.backend, "close"):
+        if hasattr(self, "backend"):  # it has none where loading failed
             self.backend.close()
 
     def _leave(self, error: DeadEngineError) -> NoReturn:

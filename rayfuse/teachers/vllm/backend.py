@@ -24,6 +24,7 @@ from rayfuse.data.sample import Sample
 from rayfuse.errors import DataError, DeadEngineError, ModelError, RayfuseError, TeacherError
 from rayfuse.models.loading import WEIGHT_FILES, load_model_config, load_tokenizer, vocabulary_size
 from rayfuse.signals.topk import TopKSignals
+from rayfuse.teachers import Backend
 from rayfuse.teachers.identity import teacher_context
 from rayfuse.teachers.logprobs import signals_from_logprobs
 from rayfuse.teachers.sampling import prompt_seed
@@ -37,7 +38,7 @@ CACHE_BLOCK = 128
 MASK = "rayfuse.teachers.vllm.worker.PaddingMask"
 
 
-class VLLMTeacher:
+class VLLMTeacher(Backend):
     """Scores samples, and answers prompts, with a vLLM engine in processes of its own.
 
     Attributes:
