@@ -56,7 +56,7 @@ K, UNIT, ROWS = 10, 8, 640
 LOGICAL_CPUS = 24
 
 
-class StubTeacher:
+class StubTeacher(Backend):
     """Answers every sample with the same random signals; its backend's name says rows per sample and seconds."""
 
     vocab_size = 151_936

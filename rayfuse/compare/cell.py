@@ -37,7 +37,7 @@ from rayfuse.run.sources import UnitSource, load_source
 from rayfuse.run.stage_job import stage_job
 from rayfuse.student.job import BLOCK, StageJob
 from rayfuse.student.loop import train
-from rayfuse.teachers.identity import identify
+from rayfuse.teachers.identity import identify, live
 from rayfuse.teachers.serving import applications
 from rayfuse.teachers.transformers import TransformersTeacher
 
@@ -147,8 +147,7 @@ def train_cell(bench: Bench, cell: Cell, config: Config) -> Trained:
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts again
     for index in range(len(config.stages)):
         job = stage_job(config, index, teachers, sources)
-        if job.spec.teachers:
-            applications.deploy(job.spec.teachers, config.signals.k)
+        applications.deploy(live(job.spec.teachers), config.signals.k)
         if isinstance(job.stage, TeacherStage) and job.stage.merge is not None:
             train_pairwise(job, job.stage.merge, partial(_train_once, kept) if kept else train_here, at_once=1)
         else:

@@ -42,9 +42,11 @@ class Backend(Protocol):
 
     def check_health(self) -> None:
         """Raise DeadEngineError where nothing can be answered any more; an engine in this process lives as it does."""
+        return
 
     def close(self) -> None:
         """End what runs in processes of its own."""
+        return
 
 
 def _transformers(teacher: Teacher, k: int) -> Backend:

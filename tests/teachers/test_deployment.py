@@ -16,7 +16,7 @@ from rayfuse.cluster import connect
 from rayfuse.config import Data, parse_config
 from rayfuse.data.rows import read_samples
 from rayfuse.errors import TeacherError
-from rayfuse.teachers import BACKENDS
+from rayfuse.teachers import BACKENDS, Backend
 from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.serving import wishes
 from rayfuse.teachers.serving.applications import application_name, delete, deploy
@@ -116,7 +116,7 @@ def test_a_copy_whose_unit_never_ends_is_unhealthy(tiny, tmp_path, monkeypatch):
     """In this process: what Serve asks every few seconds, while a unit hangs in the model's thread and after it."""
     release = threading.Event()
 
-    class Hanging:
+    class Hanging(Backend):
         def __init__(self, teacher, k):
             pass
 
