@@ -46,6 +46,7 @@ from rayfuse.signals.codec import pack, unpack
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.student.job import BLOCK
 from rayfuse.student.stream import UnitStream
+from rayfuse.teachers import Backend
 from rayfuse.teachers.identity import IdentifiedTeacher
 from rayfuse.teachers.serving import applications
 from rayfuse.teachers.serving.client import TeacherClient
