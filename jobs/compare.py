@@ -9,9 +9,8 @@ import argparse
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from rayfuse.cli import errors_shown
+from rayfuse.report.terminal import make_console
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,5 +32,5 @@ if __name__ == "__main__":
             from rayfuse.compare.grid import compare
 
             until = None if a.minutes is None else time.time() + 60 * a.minutes
-            compare(plan, a.cache.expanduser(), a.work, a.results, Console(), at_once=a.at_once, until=until)
+            compare(plan, a.cache.expanduser(), a.work, a.results, make_console(), at_once=a.at_once, until=until)
         write_page(plan, a.results, a.docs)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from rayfuse.config import load_config
 from rayfuse.errors import RayfuseError
+from rayfuse.report.terminal import make_console, make_printable
 
 app = typer.Typer(
     name="rayfuse",
@@ -32,7 +33,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check everything that can be wrong before a run: keys, files, tokenizers, templates, data, disk."""
     from rayfuse.check import check_config
 
-    console = Console()
+    console = make_console()
     faults = check_config(load_config(config, overrides or []), console)
     if faults:
         raise typer.Exit(1)
@@ -60,7 +61,7 @@ def prefer(config: ConfigFile, overrides: Overrides = None) -> None:
     from rayfuse.prefer.make import prefer as make
     from rayfuse.prefer.make import summary_path, summary_table
 
-    console = Console()
+    console = make_console()
     output = make(resolved, console=console)
     summary = json.loads(summary_path(output).read_text(encoding="utf-8"))
     console.print(summary_table(summary))
@@ -75,7 +76,7 @@ def run(config: Path, overrides: list[str], *, resume: bool = False) -> None:
     resolved = load_config(config, overrides)
     from rayfuse.run.fuse import fuse as fuse_config
 
-    console = Console()
+    console = make_console()
     fuse_config(resolved, resume=resume, console=console)
     show_results(Path(resolved.output), console)
 
@@ -102,7 +103,7 @@ def quickstart(
     """Train three small experts and a pivot (once), fuse them, show the result."""
     from rayfuse.quickstart.run import run_quickstart
 
-    console = Console()
+    console = make_console()
     run_quickstart(folder, cache, console)
     show_results(folder, console)
 
@@ -121,7 +122,7 @@ def teachers(
     resolved = load_config(config, overrides)
     from rayfuse.teachers.serving.manage import manage
 
-    manage(resolved, action, [argument for argument in arguments or [] if "=" not in argument], Console())
+    manage(resolved, action, [argument for argument in arguments or [] if "=" not in argument], make_console())
 
 
 @app.command("serve-teachers")
@@ -130,7 +131,7 @@ def serve_teachers(config: ConfigFile, overrides: Overrides = None) -> None:
     resolved = load_config(config, overrides or [])
     from rayfuse.teachers.http.served import serve_teachers as serve
 
-    serve(resolved, Console())
+    serve(resolved, make_console())
 
 
 @inspect_app.command("align")
@@ -147,17 +148,20 @@ def inspect_align(
     if not text:
         raise typer.BadParameter('give a text to look at, for example --text "12345 apples"', param_hint="--text")
     teachers = {teacher.name: load_tokenizer(teacher) for teacher in resolved.teachers}
-    Console().print(alignment_view(load_tokenizer(resolved.student), teachers, text))
+    make_console().print(alignment_view(load_tokenizer(resolved.student), teachers, text))
 
 
 @contextmanager
 def errors_shown() -> Iterator[None]:
-    """Errors that rayfuse raises on purpose become one message and exit status 1."""
+    """Errors that rayfuse raises on purpose become one message and exit status 1; all that is printed is printable."""
+    make_printable()
     try:
         yield
     except RayfuseError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(str(error))
+        make_console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        plain = make_console(stderr=True, plain=True)
+        for text in (str(error), *getattr(error, "__notes__", ())):
+            plain.print(text)
         raise SystemExit(1) from None
 
 

@@ -44,6 +44,7 @@ class Results:
         write_whole(self.path, pd.DataFrame(list(self.rows.values())).to_parquet(index=False))
 
 
+@cluster.session()
 def compare(
     plan: Plan,
     cache: Path,

@@ -22,6 +22,7 @@ class Cluster(Section):
     """The Ray cluster; by default the one that RAY_ADDRESS names, else one embedded in this process."""
 
     address: str | None = Field(None, description="address of a running cluster, or 'local' for an embedded one")
+    connect_s: float = Field(30.0, gt=0, description="how long to try to connect to a running cluster, seconds")
 
 
 RESERVED_NAMES = ("model", "checkpoints", "initial", "pivot")

@@ -33,6 +33,7 @@ from rayfuse.prefer.answers import AnswerStore, Author, Sampling
 from rayfuse.prefer.judging import judged
 from rayfuse.prefer.selection import Response, Rows, rows_of_prompt
 from rayfuse.prepare.units import form_units
+from rayfuse.report.terminal import make_console
 from rayfuse.teachers.identity import identify
 from rayfuse.teachers.serving import applications
 
@@ -40,6 +41,7 @@ SIDES = ("chosen", "chosen_pivot", "response", "rejected")
 """Keys of responses in a row."""
 
 
+@cluster.session()
 def prefer(config: Config, *, console: Console | None = None) -> Path:
     """Make the data that `prefer` asks for; returns the file of rows. Its summary lies beside it.
 
@@ -48,7 +50,7 @@ def prefer(config: Config, *, console: Console | None = None) -> Path:
     Raises:
         RayfuseError: anything that cannot go on; the answers so far are kept.
     """
-    console = console or Console()
+    console = console or make_console()
     config = config.absolute()
     settings, data, output = _what(config)
     identity = _identity(config, settings)

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayfuse.files import folder_whole
 from rayfuse.quickstart import skills, tiny_models
+from rayfuse.report.terminal import make_printable
 
 TRAIN_ROWS_PER_SKILL = 4000
 HELDOUT_ROWS_PER_SKILL = 200
@@ -180,11 +181,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, help="folder that holds the made worlds")
     parser.add_argument("--seed", type=int, default=0, help="seed of tasks and models")
     arguments = parser.parse_args()
+    make_printable()
     start = time.monotonic()
     world = build_world(arguments.cache, arguments.seed, progress=print)
     print(f"{world.folder}: {time.monotonic() - start:.0f} s")
-    times = json.loads((world.folder / "times.json").read_text())
-    rows = [json.loads(line) for line in world.evaluation.read_text().splitlines()]
+    times = json.loads((world.folder / "times.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in world.evaluation.read_text(encoding="utf-8").splitlines()]
     print(f"{'model':10}" + "".join(f"{skill:>10}" for skill in EXPERTS) + f"{'CPU s':>10}{'wall s':>10}")
     for name, folder in {**world.teachers, "pivot": world.pivot}.items():
         shares = accuracies(folder, rows)

@@ -30,6 +30,7 @@ from rayfuse.files import folder_whole, write_whole
 from rayfuse.metrics.live import LiveLine
 from rayfuse.report.card import write_card
 from rayfuse.report.page import write_report
+from rayfuse.report.terminal import make_console
 from rayfuse.run.folder import Stopwatch, open_run_folder
 from rayfuse.run.pairwise import train_pairwise
 from rayfuse.run.sources import KINDS, UnitSource, load_source, needed_sides
@@ -43,6 +44,7 @@ from rayfuse.teachers.parity.check import check_parity
 from rayfuse.teachers.serving import applications
 
 
+@cluster.session()
 def fuse(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
     """Run all stages and return the folder of the fused model.
 
@@ -54,7 +56,7 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
     Raises:
         RayfuseError: anything that cannot go on; whatever was done stays, and `resume` goes on from there.
     """
-    console = console or Console()
+    console = console or make_console()
     config = config.absolute()
     _refuse_faults(config)
     open_run_folder(config, resume)

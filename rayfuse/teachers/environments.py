@@ -47,7 +47,9 @@ def interpreter_versions(python: str) -> Mapping[str, str]:
     """
     command = [python, "-I", "-c", _QUESTION]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=True).stdout
+        answer = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=ASK_S, check=True
+        ).stdout
         versions: dict[str, str] = json.loads(answer)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         said = (getattr(error, "stderr", None) or "").strip()[-300:]

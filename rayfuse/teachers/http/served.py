@@ -49,6 +49,7 @@ def served(
             server.stop()
 
 
+@cluster.session()
 def serve_teachers(config: Config, console: Console) -> None:
     """`rayfuse serve-teachers`: test the teachers, then serve them until this process is told to end."""
     config = config.absolute()

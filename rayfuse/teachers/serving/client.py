@@ -6,10 +6,11 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from rayfuse.data.sample import Sample
@@ -23,11 +24,127 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CALL_TIMEOUT_S = 30.0
-"""How long one wait for an answer lasts before the teacher's state is looked at; the call itself goes on."""
-
-
+"""How long one wait for an answer lasts before the teacher's state is looked at; the call itself continues."""
 LOST_AT_MOST = 5
 """A unit that took so many copies with it is not waited for beyond patience_s, even while copies run."""
+FIRST_PAUSE_S = 0.2
+LONGEST_PAUSE_S = 5.0
+
+
+class Target(Protocol):
+    """Whom a call asks.
+
+    Attributes:
+        name: of the teacher, for messages.
+        patience_s: seconds without an answer, and without a copy at work, after which it counts as gone.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def patience_s(self) -> float: ...
+
+    def send(self) -> Any:
+        """Send the call; the response has `result(timeout_s)`."""
+
+    def has_replicas(self) -> bool:
+        """Whether a copy is running; raises TeacherGoneError where none can start."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The call is done."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """No answer yet; the call is still on its way, and a copy is at work on it or on what is queued before it."""
+
+    at_work: bool
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The call will never be answered: its copy died or is being replaced, or refused it for now."""
+
+    cause: Exception
+
+
+class Call:
+    """Asks until there is an answer, as long as the teacher lives. The calls are idempotent.
+
+    Args:
+        target: whom.
+        clock, sleep: of the time module; a test has its own.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.target = target
+        self.clock, self.sleep = clock, sleep
+        self.lost = 0
+        self.response = target.send()
+
+    def wait(self) -> Any:
+        """The answer.
+
+        Raises:
+            RayfuseError: the teacher refuses this input; asking again would not help.
+            TeacherError: it failed on this input.
+            TeacherGoneError: it cannot start, or did not answer for `patience_s` seconds.
+        """
+        deadline = self.clock() + self.target.patience_s
+        while not isinstance(state := self.poll(), Answer):
+            if isinstance(state, Waiting) and state.at_work and self.lost < LOST_AT_MOST:
+                deadline = self.clock() + self.target.patience_s
+            if self.clock() > deadline:
+                self._give_up(state)
+            if isinstance(state, Lost):
+                self._again(state.cause)
+        return state.value
+
+    def poll(self) -> Answer | Waiting | Lost:
+        """Look at the answer once, for at most CALL_TIMEOUT_S; raises as `wait`."""
+        try:
+            return Answer(self.response.result(timeout_s=CALL_TIMEOUT_S))
+        except TimeoutError:
+            return Waiting(self.target.has_replicas())
+        except RayTaskError as error:
+            if isinstance(error.cause, RayfuseError):
+                raise error.cause from error
+            raise TeacherError(f"teacher {self.target.name} failed on a unit: {error}") from error
+        except (RayServeException, RayError, ConnectionError) as error:
+            if isinstance(error, RayServeException) and not isinstance(error, BackPressureError):
+                self.target.has_replicas()  # raises where it cannot start
+            return Lost(error)
+
+    def _again(self, cause: Exception) -> None:
+        if not isinstance(cause, BackPressureError):
+            log.warning("teacher %s: asking again after %s", self.target.name, type(cause).__name__)
+        self.sleep(pause_s(self.lost) * random.uniform(0.5, 1.0))
+        self.lost += 1
+        self.response = self.target.send()
+
+    def _give_up(self, state: Waiting | Lost) -> None:
+        patience = f"{self.target.patience_s:.0f} s"
+        cause = state.cause if isinstance(state, Lost) else TimeoutError(f"no answer within {patience}")
+        raise TeacherGoneError(
+            f"teacher {self.target.name} did not answer for {patience} (patience_s); "
+            f"last: {type(cause).__name__}: {cause}"
+        ) from cause
+
+
+def pause_s(lost: int) -> float:
+    """Longest pause (seconds) before a call that was lost `lost` times is sent once more: doubled, up to a cap."""
+    doublings = min(lost, 10)  # 2**1024 is no float any more, and an hour of patience has as many attempts
+    return min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**doublings)
 
 
 class _Unsent:
@@ -39,6 +156,29 @@ class _Unsent:
     def result(self, timeout_s: float) -> Any:
         """Raise what went wrong."""
         raise self.error
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A Target: one call of one client."""
+
+    client: TeacherClient
+    method: str
+    arguments: Sequence[Any]
+
+    @property
+    def name(self) -> str:
+        return self.client.teacher.name
+
+    @property
+    def patience_s(self) -> float:
+        return self.client.teacher.patience_s
+
+    def send(self) -> Any:
+        return self.client.send(self.method, self.arguments)
+
+    def has_replicas(self) -> bool:
+        return self.client.has_replicas()
 
 
 class TeacherClient:
@@ -82,55 +222,18 @@ class TeacherClient:
 
     def _ask(self, read: Callable[[Any], T], method: str, *arguments: Any) -> Callable[[], T]:
         """Call the replicas' `method`; the returned function waits for what it gives, sends again, and reads it."""
-        response = self._send(method, arguments)
+        call = Call(_Target(self, method, arguments))
+        return lambda: read(call.wait())
 
-        def wait() -> T:
-            nonlocal response
-            deadline = time.monotonic() + self.teacher.patience_s
-            attempt = 0
-            while True:
-                try:
-                    return read(response.result(timeout_s=CALL_TIMEOUT_S))
-                except TimeoutError:
-                    if (
-                        self._has_replicas() and attempt < LOST_AT_MOST
-                    ):  # it works: this unit is only queued behind others
-                        deadline = time.monotonic() + self.teacher.patience_s
-                    cause: Exception = TimeoutError(f"no answer within {self.teacher.patience_s:.0f} s")
-                    lost = False
-                except RayTaskError as error:
-                    if isinstance(error.cause, RayfuseError):
-                        raise error.cause from error
-                    raise TeacherError(f"teacher {self.teacher.name} failed on a unit: {error}") from error
-                except RayfuseError:
-                    raise
-                except (RayActorError, RayServeException, RayError, ConnectionError) as error:
-                    # A replica died or is being replaced; the call is idempotent.
-                    if isinstance(error, RayServeException) and not isinstance(error, BackPressureError):
-                        self._has_replicas()
-                    cause, lost = error, True
-                if time.monotonic() > deadline:
-                    raise TeacherGoneError(
-                        f"teacher {self.teacher.name} did not answer for {self.teacher.patience_s:.0f} s "
-                        f"(patience_s); last: {type(cause).__name__}: {cause}"
-                    ) from cause
-                if lost:
-                    attempt += 1
-                    if not isinstance(cause, BackPressureError):
-                        log.warning("teacher %s: asking again after %s", self.teacher.name, type(cause).__name__)
-                    time.sleep(min(5.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.0))
-                    response = self._send(method, arguments)
-
-        return wait
-
-    def _send(self, method: str, arguments: Sequence[Any]) -> Any:
+    def send(self, method: str, arguments: Sequence[Any]) -> Any:
+        """Call the replicas' `method`; Serve's response."""
         try:
             self._handle = self._handle or serve.get_app_handle(self.name)
             return getattr(self._handle, method).remote(*arguments)
         except RayServeException as error:  # no such application: found out when it is waited for
             return _Unsent(error)
 
-    def _has_replicas(self) -> bool:
+    def has_replicas(self) -> bool:
         """Whether a replica is running.
 
         Raises:

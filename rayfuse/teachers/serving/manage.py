@@ -25,6 +25,7 @@ SHORT_PATIENCE_S = 5.0
 """How long `status` and `down` wait for an endpoint that does not answer."""
 
 
+@cluster.session()
 def manage(config: Config, action: str, arguments: Sequence[str], console: Console) -> None:
     """Do one of ACTIONS.
 

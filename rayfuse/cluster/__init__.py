@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import shlex
@@ -11,35 +10,15 @@ from typing import Any
 
 import ray
 
+from rayfuse.cluster.address import join
+from rayfuse.cluster.embedded import ENVIRONMENT, QUIET, end_embedded, leave_serve, session, start_embedded
 from rayfuse.config import Config, Judge, Student, Teacher
-from rayfuse.errors import RayfuseError
 
-# For Ray itself and for all worker processes: fewer surprises on a laptop and after a lost node.
-ENVIRONMENT = {
-    "RAY_TRAIN_V2_ENABLED": "1",
-    # After a node loss the old reservation never comes back: do not wait a minute for it.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray starts a process per CPU in advance, outside of any runtime environment: none of ours could use them.
-    "RAY_prestart_worker_first_driver": "0",
-    # The group's restarts are ours (student/group.py); nobody listens to this watcher's warnings.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Tokenizers, teachers and the student start at the same time, each in its process: that is no leak to warn of.
-    "RAY_worker_maximum_startup_concurrency": "64",
-    # Tasks come in waves, and a process takes seconds of processor time to start: keep it for the next wave.
-    "RAY_idle_worker_killing_time_threshold_ms": "60000",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
+__all__ = ["connect", "end_embedded", "leave_serve", "session", "start_embedded"]
 
 PREPARE_CPUS = 0.01
 """A prepare task mostly waits for teachers and disks. It must never hold what a teacher needs to start; how many there
 are is bounded by student.prefetch."""
-START_ATTEMPTS = 3
-"""Ray gives an embedded node 30 seconds to start, which a busy machine may need more than once."""
-QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 SERVE_OVERHEAD_CPUS = 1.0
 """Serve's controller and Ray Train's controller."""
 
@@ -51,7 +30,12 @@ def connect(config: Config) -> bool:
     runs, only slower. The students of a pairwise stage ask for one student's, or for what merge.parallel says.
 
     Returns:
-        True where this call started an embedded cluster, which ends with this process.
+        True where this call started an embedded cluster, which ends with `session`, or with this process.
+
+    Raises:
+        ConfigError: no folder is short enough for the sockets of an embedded one.
+        RayfuseError: the cluster does not answer within cluster.connect_s, or cannot be joined; an embedded one does
+            not start.
     """
     if ray.is_initialized():
         return False
@@ -59,39 +43,15 @@ def connect(config: Config) -> bool:
     runtime_env: dict[str, Any] = {"env_vars": {key: os.environ[key] for key in ENVIRONMENT}}
     if any(teacher.runtime_env is not None for teacher in config.teachers):
         # Another interpreter has its own packages, but must run this very code.
-        runtime_env["py_modules"] = [str(Path(__file__).parent)]
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+        runtime_env["py_modules"] = [str(Path(__file__).parents[1])]
+    address, named_by = config.cluster.address, "cluster.address"
+    if address in (None, "", "auto") and os.environ.get("RAY_ADDRESS"):  # Ray, too, lets it go before `auto`
+        address, named_by = os.environ["RAY_ADDRESS"], "RAY_ADDRESS"
     if address and address != "local":
-        try:
-            ray.init(address, runtime_env=runtime_env, **QUIET)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise RayfuseError(
-                f"cannot connect to the Ray cluster {address}: {error}. Start one, or unset RAY_ADDRESS and "
-                "cluster.address to run on an embedded one"
-            ) from error
+        join(address, named_by, config.cluster.connect_s, runtime_env=runtime_env, **QUIET)
         return False
     start_embedded(_local_cpus(config), runtime_env=runtime_env)
     return True
-
-
-def start_embedded(cpus: int, **options: Any) -> None:
-    """Start Ray in this process and on this machine alone, with so many logical CPUs; `options` are ray.init's.
-
-    Raises:
-        RayfuseError: it does not start.
-    """
-    os.environ.update({key: os.environ.get(key, value) for key, value in ENVIRONMENT.items()})
-    for attempt in range(START_ATTEMPTS):
-        try:
-            ray.init("local", num_cpus=cpus, include_dashboard=False, **QUIET, **options)
-            return
-        except Exception as error:  # Ray raises plain Exceptions here
-            ray.shutdown()
-            if attempt == START_ATTEMPTS - 1:
-                raise RayfuseError(
-                    f"an embedded Ray cannot start on this machine: {error}. Free some memory or load and try again; "
-                    "Ray's logs are in /tmp/ray/session_latest/logs"
-                ) from error
 
 
 def _local_cpus(config: Config) -> int:
