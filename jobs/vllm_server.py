@@ -105,7 +105,7 @@ def _wait_until_healthy(process: subprocess.Popen, url: str, log: Path) -> None:
             ended = process.poll()
             if ended is not None or time.monotonic() > deadline:
                 state = f"ended with {ended}" if ended is not None else f"not up after {START_S:.0f} s"
-                raise RuntimeError(f"the vLLM server {state}:\n{log.read_text()[-3000:]}") from None
+                raise RuntimeError(f"the vLLM server {state}:\n{log.read_text(encoding='utf-8')[-3000:]}") from None
             time.sleep(1.0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,6 +149,7 @@ def inspect_align(
 
     if not text:
         raise typer.BadParameter('give a text to look at, for example --text "12345 apples"', param_hint="--text")
+    text = os.fsencode(text).decode("utf-8", "surrogateescape")  # an argument is UTF-8 whatever the locale says
     teachers = {teacher.name: load_tokenizer(teacher) for teacher in resolved.teachers}
     make_console().print(alignment_view(load_tokenizer(resolved.student), teachers, text))
 
@@ -162,6 +165,14 @@ def errors_shown() -> Iterator[None]:
         plain = make_console(stderr=True, plain=True)
         for text in (str(error), *getattr(error, "__notes__", ())):
             plain.print(text)
+        raise SystemExit(1) from None
+    except UnicodeEncodeError as error:
+        if sys.getfilesystemencoding() == "utf-8":
+            raise
+        make_console(stderr=True, plain=True).print(
+            f"ConfigError: this process names files in {sys.getfilesystemencoding()}, by its locale, which lacks "
+            f"{error.object[error.start : error.end]!r} of {error.object!r}; set PYTHONUTF8=1 (or LC_ALL=C.UTF-8)"
+        )
         raise SystemExit(1) from None
 
 

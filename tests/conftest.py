@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Serve's threads outlive the cluster that a module shuts down: they must not start the next one, of two CPUs.
+# Many fixtures end Ray by ray.shutdown, as no program of ours does (cluster.session): Serve's threads, which outlive it,
+# must not start the next one, of two CPUs.
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 
 import pytest

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from rayfuse.data.rows import read_samples
-
 ROOT = Path(__file__).parents[1]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -75,8 +73,8 @@ def test_help_is_printed_in_ascii(arguments):
     assert done.stdout.isascii()
 
 
-def _world(tmp_path, tiny):
-    config = tiny.tree(tmp_path / "Läufe", data={"path": str(tiny.root / "train.jsonl"), "unit_size": 8})
+def _world(tmp_path, tiny, output="runs"):
+    config = tiny.tree(tmp_path / output)
     path = tmp_path / "run.json"
     path.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
     return path
@@ -88,12 +86,21 @@ def test_check_says_what_it_has_to_say_in_ascii(tiny, tmp_path):
     assert done.stdout.isascii()
 
 
+def test_a_folder_that_the_locale_cannot_name_is_one_message(tiny, tmp_path):
+    done = program(["-m", "rayfuse.cli", "check", str(_world(tmp_path, tiny, "Läufe"))], ASCII)
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
+    assert b"names files in ascii" in done.stderr
+    assert b"PYTHONUTF8=1" in done.stderr
+    assert program(["-m", "rayfuse.cli", "check", str(tmp_path / "run.json")], {"LC_ALL": "C"}).returncode == 0
+
+
 def test_inspection_spells_out_what_a_terminal_cannot_show(tiny, tmp_path):
     arguments = ["inspect", "align", str(_world(tmp_path, tiny)), "--text", "12 Äpfel – 世界"]
     done = program(["-m", "rayfuse.cli", *arguments], {**ASCII, "PYTHONUTF8": "0"})
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.isascii()
-    assert b"12" in done.stdout
+    assert rb"\xe4" in done.stdout  # a byte of a character, as each tokenizer has it
 
 
 @pytest.mark.parametrize("start", [["-m", "rayfuse.cli", "fuse"], ["jobs/fuse.py"]], ids=["rayfuse", "job"])
@@ -108,7 +115,7 @@ def test_an_error_about_text_that_is_not_ascii_is_one_message(tmp_path, start):
 
 def test_a_warning_through_logging_is_printed(tmp_path):
     code = "import logging; from rayfuse.cli import errors_shown\n" + (
-        "with errors_shown(): logging.getLogger('rayfuse').warning('%s', '数学'); print('– 数学')"
+        r"with errors_shown(): logging.getLogger('rayfuse').warning('\u6570\u5b66'); print('\u2013 \u6570\u5b66')"
     )
     done = program(code, ASCII)
     assert done.returncode == 0
@@ -185,12 +192,12 @@ def test_that_a_missing_encoding_is_found(tmp_path):
 def test_data_are_read_as_utf_8_whatever_the_locale(tmp_path):
     row = {"prompt": "größe?", "response": "数学 – 1"}
     (tmp_path / "data.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    code = f"""
+    code = """
+import sys
 from rayfuse.config import Data
 from rayfuse.data.rows import read_samples
-print(ascii(read_samples(Data(path={str(tmp_path / "data.jsonl")!r}))[0][0].response))
+print(ascii(read_samples(Data(path=sys.argv[1]))[0][0].response))
 """
-    done = program(code, POSIX)
+    done = program(["-c", code, str(tmp_path / "data.jsonl")], POSIX)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode().strip() == ascii("数学 – 1")
-    assert read_samples

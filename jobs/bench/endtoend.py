@@ -215,7 +215,7 @@ def run_rayfuse(
     )
     model = fuse(config)
     shutil.move(model, output / "model")
-    records = [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     _write_times(output, [record["seconds"] for record in records if "seconds" in record])
 
 
@@ -228,7 +228,7 @@ SIDES: dict[str, Callable[[Path, Path, Recipe, int, int, int], None]] = {
 
 
 def _write_times(output: Path, seconds: list[float]) -> None:
-    (output / "times.json").write_text(json.dumps(seconds))
+    (output / "times.json").write_text(json.dumps(seconds), encoding="utf-8")
 
 
 # --- measuring a side from outside ------------------------------
@@ -251,8 +251,10 @@ def measure(side: str, world: Path, output: Path, args: argparse.Namespace, seed
             time.sleep(0.5)
         total = time.perf_counter() - begun
     if process.returncode:
-        raise SystemExit(f"{side} failed, see {output}/log.txt:\n{(output / 'log.txt').read_text()[-3000:]}")
-    seconds = json.loads((output / "times.json").read_text())
+        raise SystemExit(
+            f"{side} failed, see {output}/log.txt:\n{(output / 'log.txt').read_text(encoding='utf-8')[-3000:]}"
+        )
+    seconds = json.loads((output / "times.json").read_text(encoding="utf-8"))
     return {
         "total": total,
         "cpu": sum(used.values()),

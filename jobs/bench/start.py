@@ -75,7 +75,7 @@ def measure_run(config: Path, output: Path) -> tuple[dict[str, tuple[float, floa
         while process.poll() is None:
             family = descendants(process.pid)
             used.update(processor_seconds(family))
-            names.update({pid: name for pid in family if (name := name_of(pid))})
+            names.update({pid: name for pid in family if (name := name_of(pid)) and name != "ray::IDLE"})
             done = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
             for part in done.keys() - parts.keys():
                 parts[part] = (done[part], sum(used.values()) - before)

@@ -66,10 +66,10 @@ def make_student(folder: Path, vocabulary: int, hidden: int, layers: int, text: 
     """A Llama with random weights; tokens that no text uses fill its vocabulary up."""
     make_tokenizer(replace(STYLES["pivot"], vocabulary=4096), [text[:200_000]]).save_pretrained(folder)
     file = folder / "tokenizer.json"
-    tree = json.loads(file.read_text())
+    tree = json.loads(file.read_text(encoding="utf-8"))
     vocabulary_of_file = tree["model"]["vocab"]
     vocabulary_of_file |= {f"unused{i}": i for i in range(len(vocabulary_of_file), vocabulary)}
-    file.write_text(json.dumps(tree))
+    file.write_text(json.dumps(tree), encoding="utf-8")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -152,7 +152,12 @@ def main() -> None:
     if args.quick:
         args.hidden, args.layers, args.vocabulary, args.samples, args.steps = 32, 1, 5000, 2, 2
     torch.set_num_threads(args.threads)
-    text = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text().encode("ascii", "ignore").decode()
+    text = (
+        (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py")
+        .read_text(encoding="utf-8")
+        .encode("ascii", "ignore")
+        .decode()
+    )
     folder = Path(tempfile.mkdtemp(prefix="rayfuse-bench-"))
     try:
         make_student(folder, args.vocabulary, args.hidden, args.layers, text)

@@ -114,7 +114,10 @@ def deploy(teachers: Sequence[IdentifiedTeacher]) -> None:
 def world(folder: Path, units: int, response_bytes: int, offset: int = 0) -> list[list[Sample]]:
     """Units of samples whose responses are pieces of the standard library's source."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    text = "".join((root / f"{name}.py").read_text() for name in ("argparse", "inspect", "tarfile", "typing", "pydoc"))
+    text = "".join(
+        (root / f"{name}.py").read_text(encoding="utf-8")
+        for name in ("argparse", "inspect", "tarfile", "typing", "pydoc")
+    )
     text = text.encode("ascii", "ignore").decode()
     if not folder.exists():
         make_tokenizer(replace(STYLES["pivot"], vocabulary=8192), [text[:200_000]]).save_pretrained(folder)

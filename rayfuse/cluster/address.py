@@ -37,7 +37,7 @@ def join(address: str, named_by: str, seconds: float, **options: Any) -> None:
     try:
         found = address if "://" in address else _find(address)
         if "://" not in address:
-            _wait_for(found, named_by, seconds)
+            _wait_for(found, f"{address} (named by {named_by})", seconds)
         ray.init(found, **options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         ray.shutdown()
@@ -63,8 +63,8 @@ def _find(address: str) -> str:
     return found
 
 
-def _wait_for(address: str, named_by: str, seconds: float) -> None:
-    """Return when the head answers and one of its nodes is this machine.
+def _wait_for(address: str, name: str, seconds: float) -> None:
+    """Return when the head at `address` (`name` in messages) answers and one of its nodes is this machine.
 
     Raises:
         TimeoutError: not within `seconds`, with what was last in the way.
@@ -80,7 +80,7 @@ def _wait_for(address: str, named_by: str, seconds: float) -> None:
         if waited + PAUSE_S > seconds:
             raise TimeoutError(f"{obstacle}; tried for {seconds:g} s (cluster.connect_s)")
         if not said and waited > WORD_S:
-            log.warning("waiting for the Ray cluster %s (named by %s): %s", address, named_by, obstacle)
+            log.warning("waiting for the Ray cluster %s: %s", name, obstacle)
             said = True
         time.sleep(PAUSE_S)
 

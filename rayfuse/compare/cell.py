@@ -144,7 +144,7 @@ def train_cell(bench: Bench, cell: Cell, config: Config) -> Trained:
     sources = {sides: _source(config, sides) for sides in sorted({stage.sides for stage in config.stages})}
     kept = None if cell.purpose == "cost" else bench.work / "students"
     wall, cpu = time.monotonic(), time.process_time()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory starts again
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak of memory starts again
     for index in range(len(config.stages)):
         job = stage_job(config, index, teachers, sources)
         applications.deploy(live(job.spec.teachers), config.signals.k)
@@ -237,5 +237,5 @@ def scores(model: Teacher, items: list[Sample], plan: Plan) -> dict[str, Any]:
 
 
 def _peak_mib() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return round(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024, 1)

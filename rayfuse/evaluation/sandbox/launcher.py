@@ -55,7 +55,7 @@ def _enter_namespaces() -> None:
     _call("unshare", _NEW_NAMESPACES | (0 if user == 0 else _NEW_USER))
     if user != 0:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
+            with open(f"/proc/self/{name}", "w", encoding="utf-8") as file:
                 file.write(text)
 
 
@@ -180,7 +180,7 @@ def _descendants(process: int) -> set[int]:
     found: set[int] = set()
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{process}/task"):
-            with open(f"/proc/{process}/task/{thread}/children") as file:
+            with open(f"/proc/{process}/task/{thread}/children", encoding="utf-8") as file:
                 found.update(int(child) for child in file.read().split())
     return found.union(*(_descendants(child) for child in found))
 

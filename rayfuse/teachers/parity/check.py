@@ -103,8 +103,9 @@ def _check(todo: Sequence[IdentifiedTeacher], store: SignalStore, console: Conso
     judging = []
     for one, samples, wait in zip(todo, probes, waits, strict=True):
         answers = dict(zip(samples, wait(), strict=True))
-        task = judge.options(**cluster.parity_task(one.teacher)) if has_weights(one.teacher) else None
-        judging.append(task.remote(one.teacher, answers, templates) if task else None)
+        shared = not one.teacher.gpus and one.teacher.cpus <= 1
+        task = (judge if shared else judge_alone).options(**cluster.parity_task(one.teacher))
+        judging.append(task.remote(one.teacher, answers, templates) if has_weights(one.teacher) else None)
     for one, judged in zip(todo, judging, strict=True):
         record = _wait_for(one.teacher, judged) if judged is not None else {"reference": None, "difference": 0.0}
         store.put_note(one.fingerprint, NOTE, {"version": VERSION, "teacher": one.name, **record})
@@ -184,13 +185,18 @@ def _line(teacher: Teacher, record: Mapping[str, Any]) -> str:
     )
 
 
-@ray.remote(max_calls=1)
-def judge(teacher: Teacher, answers: Mapping[str, TopKSignals], templates: Mapping[str, str]) -> dict[str, Any]:
+def _judge(teacher: Teacher, answers: Mapping[str, TopKSignals], templates: Mapping[str, str]) -> dict[str, Any]:
     """`compare` as a task, where the memory for the teacher's weights is."""
     import torch
 
     torch.set_num_threads(max(1, int(teacher.cpus)))
     return compare(teacher, Reference(teacher, gpu=teacher.gpus > 0), answers, templates)
+
+
+judge = ray.remote(_judge)
+"""In a process that later tasks use too: its imports take longer than a small reference."""
+judge_alone = ray.remote(max_calls=1)(_judge)
+"""In a process of its own, which gives back a GPU's memory, and whose number of threads nobody inherits."""
 
 
 def compare(

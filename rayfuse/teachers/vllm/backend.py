@@ -308,7 +308,9 @@ def free_memory() -> int:
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):  # no cgroup, or one without a limit
         group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        limit = int((group / "memory.max").read_text(encoding="utf-8")) - int(
+            (group / "memory.current").read_text(encoding="utf-8")
+        )
         free = min(free, limit)
     return free
 
