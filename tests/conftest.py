@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Many fixtures end Ray by ray.shutdown, as no program of ours does (cluster.session): Serve's threads, which outlive it,
+# Many fixtures end Ray by ray.shutdown, as no program does (cluster.session): Serve's threads, which outlive it,
 # must not start the next one, of two CPUs.
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 

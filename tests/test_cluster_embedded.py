@@ -138,7 +138,7 @@ with cluster.session():
     cluster.connect(config)
     folder = ray.get_runtime_context().get_temp_dir()
     nodes = [node["NodeID"] for node in ray.nodes()]
-    (teacher,) = identify(config)[:1]
+    (teacher,) = identify(config.teachers[:1], config.signals.k)
     deploy([teacher], config.signals.k)
     samples = read_samples(config.data)[0][:4]
     assert len(TeacherClient(teacher).score(samples)()) == 4

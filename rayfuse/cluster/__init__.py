@@ -113,9 +113,25 @@ def students_at_once(config: Config) -> int:
     return max(1, int(min(fit)))
 
 
+def _in_shared_processes() -> dict[str, Any]:
+    """Options by which a task of the driver runs in the processes that prepare tasks leave, and they in its.
+
+    Each process imports for seconds, and Ray gives it to tasks of one runtime environment only. Those of the students
+    inherit theirs as Ray Train wrote it, those of the driver as ray.init did: the same variables as another JSON, which
+    Ray takes for another environment. Naming one of the variables makes Ray write it as Train does.
+    """
+    key = "RAY_TRAIN_V2_ENABLED"
+    return {"runtime_env": {"env_vars": {key: os.environ.get(key, ENVIRONMENT[key])}}}
+
+
 def prepare_task() -> dict[str, Any]:
     """Options of a prepare task: idempotent, so a lost worker or node only means doing it again."""
     return {"num_cpus": PREPARE_CPUS, "max_retries": 10}
+
+
+def fill_task() -> dict[str, Any]:
+    """Options of a task that fills the signal store before the student starts: a prepare task of the driver."""
+    return prepare_task() | _in_shared_processes()
 
 
 def coupling_task() -> dict[str, Any]:
@@ -126,7 +142,7 @@ def coupling_task() -> dict[str, Any]:
 
 def measure_task() -> dict[str, Any]:
     """Options of a task that tokenizes a part of the data set."""
-    return {"num_cpus": 1, "max_retries": 10}
+    return {"num_cpus": 1, "max_retries": 10, **_in_shared_processes()}
 
 
 def judge_actor(judge: Judge) -> dict[str, Any]:
@@ -137,7 +153,7 @@ def judge_actor(judge: Judge) -> dict[str, Any]:
 def evaluate_task(model: Teacher) -> dict[str, Any]:
     """Options of the evaluation of one model."""
     options = {"num_cpus": model.cpus, "num_gpus": model.gpus, "max_retries": 2}
-    return options if model.runtime_env is None else {**options, "runtime_env": _own_environment(model)}
+    return options | (_in_shared_processes() if model.runtime_env is None else {"runtime_env": _own_environment(model)})
 
 
 def _own_environment(teacher: Teacher) -> dict[str, Any]:
@@ -158,7 +174,7 @@ def teacher_environment(teacher: Teacher) -> dict[str, Any]:
 
 def parity_task(teacher: Teacher) -> dict[str, Any]:
     """Options of the plain forward that a teacher's answers are compared with."""
-    return {"num_cpus": teacher.cpus, "num_gpus": min(teacher.gpus, 1.0), "max_retries": 2}
+    return {"num_cpus": teacher.cpus, "num_gpus": min(teacher.gpus, 1.0), "max_retries": 2} | _in_shared_processes()
 
 
 def teacher_deployment(teacher: Teacher, bounds: tuple[int, int] | None = None) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def waves(teachers: Sequence[IdentifiedTeacher], cpus: float, gpus: float) -> It
 
 def _fill(job: StageJob, units: Sequence[int]) -> dict[str, float]:
     """Have all units scored, a bounded number of them at a time; what it took, summed."""
-    task = fill_unit.options(**cluster.prepare_task())
+    task = fill_unit.options(**cluster.fill_task())
     at_once = 4 * sum(one.teacher.replicas.max for one in job.spec.teachers) + job.config.student.prefetch
     stats: dict[str, float] = {}
     pending: deque[ray.ObjectRef] = deque()
