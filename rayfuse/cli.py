@@ -14,6 +14,7 @@ from rich.console import Console
 
 from rayfuse.config import load_config
 from rayfuse.errors import RayfuseError
+from rayfuse.models.imports import collector_paused
 from rayfuse.report.terminal import make_console, make_printable
 
 app = typer.Typer(
@@ -76,7 +77,9 @@ def prefer(config: ConfigFile, overrides: Overrides = None) -> None:
 def run(config: Path, overrides: list[str], *, resume: bool = False) -> None:
     """`rayfuse fuse`, also for scripts: run, then show the results and where they are."""
     resolved = load_config(config, overrides)
-    from rayfuse.run.fuse import fuse as fuse_config
+
+    with collector_paused():
+        from rayfuse.run.fuse import fuse as fuse_config
 
     console = make_console()
     fuse_config(resolved, resume=resume, console=console)

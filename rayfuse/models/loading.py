@@ -13,6 +13,7 @@ from typing import Any
 
 from rayfuse.config import Model
 from rayfuse.errors import ModelError
+from rayfuse.models.imports import collector_paused
 
 WEIGHT_FILES = "*.safetensors"
 
@@ -40,6 +41,7 @@ def _from_pretrained_arguments(model: Model) -> dict[str, Any]:
     return arguments
 
 
+@collector_paused()
 def load_tokenizer(model: Model) -> Any:
     """The model's fast tokenizer.
 
@@ -58,6 +60,7 @@ def load_tokenizer(model: Model) -> Any:
     return tokenizer
 
 
+@collector_paused()
 def load_model_config(model: Model) -> Any:
     """The model's configuration (sizes, architecture), without its weights."""
     from transformers import AutoConfig
@@ -83,9 +86,10 @@ def load_causal_lm(model: Model, *, dtype: str | None = None) -> Any:
     Raises:
         ModelError: it cannot be loaded, or has no safetensors (pickled weights are refused).
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    with collector_paused():
+        import torch
+        from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401 - brings what all models import
+        from transformers.utils import logging
 
     logging.disable_progress_bar()
     _refuse_pickled(model)
