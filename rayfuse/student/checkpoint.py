@@ -109,7 +109,7 @@ def save_checkpoint(
         save_file(dict(tensors), path)
     barrier()
     if rank == 0:
-        files = {path.name: _describe(path) for path in sorted(half.iterdir())}
+        files = {path.name: describe(path) for path in sorted(half.iterdir())}
         manifest = {"step": step, "world": world, "identity": identity, "files": files}
         write_whole(half / "MANIFEST.json", json.dumps(manifest, indent=2))
         shutil.rmtree(final, ignore_errors=True)
@@ -134,7 +134,7 @@ def latest_checkpoint(stage_folder: Path, identity: str) -> Checkpoint | None:
         try:
             manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
             for name, described in manifest["files"].items():
-                if _describe(folder / name) != described:
+                if describe(folder / name) != described:
                     raise ValueError(f"{name} is not what the manifest describes")
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("checkpoint %s is damaged and is passed over: %s", folder, error)
@@ -167,7 +167,8 @@ def _steps(root: Path) -> list[int]:
     return [int(path.name[5:]) for path in root.glob("step_*") if path.name[5:].isdigit()]
 
 
-def _describe(path: Path) -> dict[str, int | str]:
+def describe(path: Path) -> dict[str, int | str]:
+    """Size and sha256 of a file, as a manifest holds them; the file is on the disk then."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())

@@ -7,6 +7,7 @@ the same thing.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +20,13 @@ from ray.exceptions import RayError
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Stage
 from rayfuse.errors import MissingSignalsError, RayfuseError, StudentError
-from rayfuse.files import sync_folder, sync_tree
 from rayfuse.metrics.records import MetricsWriter, read_metrics
 from rayfuse.prepare.spec import INITIAL
 from rayfuse.stages import METHODS, ranks
 from rayfuse.student.checkpoint import latest_checkpoint, restore_random_state, save_checkpoint
 from rayfuse.student.engines import ENGINES, Engine
 from rayfuse.student.job import StageJob
+from rayfuse.student.result import commit_model, half_model
 from rayfuse.student.stream import UnitStream, units_of
 
 
@@ -98,7 +99,7 @@ def train(job: StageJob, rank: int, world: int) -> None:
         _refuse_too_many(job, dropped)
         if step % stage.save_every == 0 and step < job.steps:
             _save(job, engine, step, rank, world)
-    write_model(engine, job.folder, rank)
+    write_model(engine, job, rank)
 
 
 def _step(job: StageJob, engine: Engine, batches: list[FusionBatch], rate: float) -> dict[str, float]:
@@ -172,15 +173,15 @@ def _save(job: StageJob, engine: Engine, step: int, rank: int, world: int) -> No
     )
 
 
-def write_model(engine: Engine, folder: Path, rank: int) -> None:
-    """The stage's result: `model/`, which has its name only when it is complete. Called by all workers."""
-    half = folder / ".model.half"
+def write_model(engine: Engine, job: StageJob, rank: int) -> None:
+    """The stage's result, which has its name only when it is complete. Called by all workers."""
+    half = half_model(job)
     if rank == 0:
         shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
     engine.barrier()
     engine.export(half)
     engine.barrier()
     if rank == 0:
-        shutil.rmtree(folder / "model", ignore_errors=True)
-        half.rename(folder / "model")
+        commit_model(job)
     engine.barrier()
