@@ -5,15 +5,23 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from rayfuse.config import Data, Stage, Student
+from rayfuse.config import Data, Stage, Student, parse_config
 from rayfuse.data.rows import read_samples
 from rayfuse.prepare.preparer import Preparer
 from rayfuse.prepare.spec import PrepareSpec
 from rayfuse.stages.sft import sft_loss
 from rayfuse.student.engines import ENGINES
+from rayfuse.student.job import StageJob
 from rayfuse.student.loop import write_model
 
 STAGE = Stage(method="sft", learning_rate=1e-3)
+
+
+def job_of(model, folder):
+    """The job of an SFT stage in a run folder."""
+    config = parse_config({"student": model, "data": "d", "stages": ["sft"], "output": str(folder)})
+    spec = PrepareSpec(config.student, (), "", 4, "bytes", 200)
+    return StageJob(config, 0, model, "identity", spec, (), (), made_of={"code": "1", "data": "a"})
 
 
 def _train(rank, world, model, batch, folder):
@@ -29,7 +37,7 @@ def _train(rank, world, model, batch, folder):
         engine.step(1e-3)
     for name, part in engine.state().items():
         save_file(dict(part), folder / f"{name}-of-rank-{rank}.safetensors")
-    write_model(engine, folder, rank)
+    write_model(engine, job_of(model, folder), rank)
     if world > 1:
         dist.destroy_process_group()
 
@@ -44,7 +52,7 @@ def test_two_ranks_leave_one_state_and_one_model_which_are_those_of_one_rank(tin
         mp.spawn(_train, (world, model, batch, tmp_path / name), nprocs=world)
         parts = sorted(path.name for path in (tmp_path / name).glob("*-of-rank-*"))
         assert parts == ["optimizer-of-rank-0.safetensors", "weights-of-rank-0.safetensors"]
-    one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
+    one, two = (load_file(tmp_path / name / "stages/01-sft/model/model.safetensors") for name in ("one", "two"))
     assert set(one) == set(two)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
