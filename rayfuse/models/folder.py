@@ -1,4 +1,4 @@
-"""A model's folder made from another one's: everything but the weights, and the weights in another number format."""
+"""Writing a model's folder: from a model in memory, or from another folder in another number format."""
 
 from __future__ import annotations
 
@@ -15,6 +15,22 @@ from rayfuse.models.shards import FLOATS, INDEX, Kind, Shards, write_shard
 
 TEMPLATES = "additional_chat_templates"
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+
+
+def save_model(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write configuration, generation configuration and `weights` of a transformers model, without a tokenizer.
+
+    Makers ship generation settings that transformers reads but refuses to write (a temperature without sampling);
+    they are written as they were read.
+    """
+    from transformers import GenerationConfig
+
+    generation, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    finally:
+        model.generation_config = generation
+    (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
 
 
 def copy_rest(source: Path, folder: Path, dtype: Dtype | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from rayfuse.config import Config
-from rayfuse.models.folder import write_in_format
+from rayfuse.models.folder import save_model, write_in_format
 from rayfuse.models.loading import load_causal_lm, model_folder, stored_dtype
 from rayfuse.models.shards import FLOATS, Shards
 
@@ -77,5 +77,6 @@ def _start(config: Config, last: Shards) -> Iterator[Shards]:
             return
     # Another format, or older names: as transformers reads and writes them.
     with tempfile.TemporaryDirectory(dir=config.output, prefix=".start.") as folder:
-        load_causal_lm(student, dtype="float32").save_pretrained(folder)
+        begun = load_causal_lm(student, dtype="float32")
+        save_model(begun, begun.state_dict(), Path(folder))
         yield Shards.open(Path(folder))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import rayfuse
-from rayfuse.config import Config, Data
+from rayfuse.config import Config, Data, Model
 from rayfuse.config.run import as_reference, as_teacher
 from rayfuse.prepare.spec import INITIAL, PrepareSpec
 from rayfuse.run.sources import KINDS, UnitSource
@@ -16,6 +16,9 @@ from rayfuse.stages import METHODS, ranks
 from rayfuse.student.job import StageJob
 from rayfuse.student.result import identity_of_model
 from rayfuse.teachers.identity import IdentifiedTeacher, identify
+
+NOT_OF_THE_STAGE = {"prefetch", "max_failures", "cpus", "save_dtype"}
+"""Keys of the student that change no stage's result; which model it is, its fingerprint tells better than its path."""
 
 
 def stage_job(
@@ -61,7 +64,7 @@ def stage_job(
         "settings": _hash(
             [
                 stage.model_dump(mode="json", exclude={"save_every": True, "keep": True, "merge": {"parallel"}}),
-                config.student.model_dump(mode="json", exclude={"prefetch", "max_failures", "cpus", "save_dtype"}),
+                config.student.model_dump(mode="json", exclude=NOT_OF_THE_STAGE | set(Model.model_fields) - {"dtype"}),
                 [one.teacher.weight for one in scorers],
                 [spec.k, spec.on_missing, config.seed, index],
             ]

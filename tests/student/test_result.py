@@ -92,7 +92,9 @@ def _flip(path: Path) -> None:
 def test_a_damaged_model_is_noticed_and_the_error_says_what_to_delete(finished, damage, named):
     model = finished.folder / "model"
     damage(model)
-    with pytest.raises(CheckpointError, match=rf"{model} is not what .* wrote \({named}\): delete this folder and resume"):
+    with pytest.raises(
+        CheckpointError, match=rf"{model} is not what .* wrote \({named}\): delete this folder and resume"
+    ):
         is_finished(finished)
     shutil.rmtree(model)
     assert not is_finished(finished)

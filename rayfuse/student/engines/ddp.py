@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rayfuse.batch import FusionBatch
 from rayfuse.config import Stage, Student
 from rayfuse.errors import StudentError
 from rayfuse.losses import HeadOutput
+from rayfuse.models.folder import save_model
 from rayfuse.models.loading import load_causal_lm, load_tokenizer, vocabulary_size
 from rayfuse.models.output_layer import check_output_layer, output_layer
 from rayfuse.stages.tensors import on_device
@@ -182,17 +182,3 @@ def prepare_forward(model: Any, *, dropout: bool, checkpointing: bool) -> None:
         for layer in model.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-def save_model(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write configuration, generation configuration and `weights` of a transformers model.
-
-    Makers ship generation settings that transformers reads but refuses to write (a temperature without sampling);
-    they are written as they were read.
-    """
-    generation, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        model.save_pretrained(folder, state_dict=weights)
-    finally:
-        model.generation_config = generation
-    (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
