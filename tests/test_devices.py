@@ -15,7 +15,7 @@ from rayfuse.prepare.preparer import Preparer
 from rayfuse.prepare.spec import PrepareSpec
 from rayfuse.stages import METHODS
 from rayfuse.stages.tensors import on_device
-from rayfuse.student.engines.ddp import TorchEngine
+from rayfuse.student.engines.ddp import DDPEngine
 from rayfuse.teachers.identity import IdentifiedTeacher
 from rayfuse.teachers.transformers import TransformersTeacher
 
@@ -101,8 +101,8 @@ def test_a_step_of_the_student(tiny, tmp_path, device, dtype, rtol, method):
 
     def step(place, precision):
         student = Student(model=tiny.model("pivot"), dtype=precision, gpus=float(place == "cuda"))
-        engine = TorchEngine(student, student.model, stage, torch.device(place))
-        loss, _ = METHODS[method].loss(stage, engine.forward(batch, K), batch, batch.counts)
+        engine = DDPEngine(student, student.model, stage, torch.device(place))
+        loss, _ = METHODS[method].loss(stage, engine.score(batch, K), batch, batch.counts)
         engine.backward(loss)
         return float(loss.detach()), engine.step(1e-3)
 

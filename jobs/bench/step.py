@@ -38,7 +38,7 @@ from rayfuse.prepare.spec import PrepareSpec
 from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, save
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.stages import METHODS
-from rayfuse.student.engines.ddp import TorchEngine
+from rayfuse.student.engines.ddp import DDPEngine
 from rayfuse.teachers.identity import IdentifiedTeacher
 
 K, TEACHERS, BATCHES = 10, 3, 3
@@ -99,7 +99,7 @@ def make_batches(
     return batches, (time.process_time() - begun) / len(units) * 1e3
 
 
-def one_step(engine: TorchEngine, stage: Stage, batch: FusionBatch) -> Phases:
+def one_step(engine: DDPEngine, stage: Stage, batch: FusionBatch) -> Phases:
     """What a worker does for a step of one unit; seconds of its phases, and processor seconds of the whole."""
 
     def now() -> float:
@@ -109,7 +109,7 @@ def one_step(engine: TorchEngine, stage: Stage, batch: FusionBatch) -> Phases:
 
     cpu = time.process_time()
     marks = [now()]
-    head = engine.forward(batch, K)
+    head = engine.score(batch, K)
     marks.append(now())
     loss, parts = METHODS[stage.method].loss(stage, head, batch, batch.counts)
     marks.append(now())
@@ -122,7 +122,7 @@ def one_step(engine: TorchEngine, stage: Stage, batch: FusionBatch) -> Phases:
     return {**dict(zip(PHASES, phases, strict=True)), "seconds": sum(phases), "cpu": time.process_time() - cpu}
 
 
-def profile(engine: TorchEngine, stages: dict[str, Stage], batches: dict[str, list[FusionBatch]]) -> None:
+def profile(engine: DDPEngine, stages: dict[str, Stage], batches: dict[str, list[FusionBatch]]) -> None:
     """Where the extra goes: the operators whose own time differs most from SFT's, in milliseconds of one step."""
     own: dict[str, dict[str, float]] = {}
     for method, stage in stages.items():
@@ -170,7 +170,7 @@ def main() -> None:
         for name in stages:
             batches[name], prepared[name] = make_batches(folder, name, units, student)
         torch.manual_seed(0)
-        engine = TorchEngine(student, student.model, stages["sft"], torch.device(args.device))
+        engine = DDPEngine(student, student.model, stages["sft"], torch.device(args.device))
         measure(args.steps, engine, stages, batches, prepared)
         if args.profile:
             profile(engine, stages, batches)
@@ -180,7 +180,7 @@ def main() -> None:
 
 def measure(
     steps: int,
-    engine: TorchEngine,
+    engine: DDPEngine,
     stages: dict[str, Stage],
     batches: dict[str, list[FusionBatch]],
     prepared: dict[str, float],
@@ -193,7 +193,7 @@ def measure(
     print(
         f"student {parameters / 1e6:.0f}M parameters, vocabulary {engine.model.config.vocab_size:,}, "
         f"[B, T] = {list(batch.input_ids.shape)}, {len(batch.labels)} positions, {TEACHERS} teachers, k {K}, "
-        f"aligned with them {pairs}; {engine.export_dtype} on {engine.device}, prepared beforehand"
+        f"aligned with them {pairs}; {engine.dtype} on {engine.device}, prepared beforehand"
     )
     taken: dict[str, list[Phases]] = {name: [] for name in stages}
     names = list(stages)

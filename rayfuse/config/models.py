@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from rayfuse.config.section import Dtype, LocalPath, Place, Section
 
@@ -38,9 +38,21 @@ class Model(Section):
 class Student(Model):
     """The pivot: the model that the teachers are fused into."""
 
-    engine: Literal["torch"] = Field("torch", description="what trains: plain PyTorch, data-parallel with DDP")
+    engine: Annotated[Literal["ddp"], BeforeValidator(lambda name: "ddp" if name == "torch" else name)] = Field(
+        "ddp", description="what trains: plain PyTorch, data-parallel with DDP (also called torch)"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="number format of the forward and backward pass (weights: float32)"
+    )
+    save_dtype: Dtype | None = Field(
+        None,
+        description="number format of the fused model's weights; default: the pivot's own. Between stages: float32",
+    )
+    router_loss: float | None = Field(
+        None,
+        ge=0,
+        description="coefficient of the load-balancing loss of a mixture of experts; default: the model's own "
+        "(router_aux_loss_coef); 0: none",
     )
     workers: int = Field(1, ge=1, description="data-parallel training processes")
     cpus: float = Field(1.0, gt=0, description="CPU cores per worker")

@@ -153,3 +153,13 @@ def as_teacher(config: Config, name: str, folder: str | None = None) -> Teacher:
     student = config.student
     model = {"model": folder, "dtype": student.dtype} if folder else student.model_dump(include=set(Model.model_fields))
     return Teacher.model_validate({**model, "name": name, "cpus": student.cpus, "gpus": student.gpus})
+
+
+def as_reference(config: Config, name: str, folder: str | None = None) -> Teacher:
+    """`as_teacher` with the numbers of a student in training: float32 weights, computed in the student's dtype.
+
+    So the reference of a preference loss equals the policy at the first step.
+    """
+    teacher = as_teacher(config, name, folder)
+    compute = None if config.student.dtype == "float32" else config.student.dtype
+    return teacher.model_copy(update={"dtype": "float32", "autocast": compute})

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from rayfuse.config.endpoint import Endpoint, Stored
 from rayfuse.config.environment import RuntimeEnv
 from rayfuse.config.models import Model
-from rayfuse.config.section import Section, named
+from rayfuse.config.section import Dtype, Section, named
 
 
 class Parity(Section):
@@ -84,6 +84,9 @@ class Teacher(Model):
         "transformers",
         description="what answers: an engine here, a server elsewhere (openai), or what was answered before (store)",
     )
+    autocast: Dtype | None = Field(
+        None, description="number format of the forward pass over weights in `dtype` (transformers); default: `dtype`"
+    )
     weight: float = Field(1.0, gt=0, description="w_s of the loss: how much this teacher counts")
     replicas: Replicas = Replicas()
     cpus: float = Field(1.0, gt=0, description="CPU cores per replica")
@@ -127,6 +130,8 @@ class Teacher(Model):
             )
         if (self.backend == "store") != (self.stored is not None):
             raise ValueError(f"backend {self.backend} has no `stored` section; it belongs to `backend: store`")
+        if self.autocast is not None and self.backend != "transformers":
+            raise ValueError(f"autocast is {self.autocast}: it is for backend transformers, not {self.backend}")
         if self.backend in ("openai", "store") and self.gpus:
             raise ValueError(f"backend {self.backend} runs no model here: gpus must be 0, but is {self.gpus:g}")
         if self.vllm is None and self.gpus > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.text import Text
+
+from rayfuse.metrics.records import record_of
 
 PLAIN_EVERY_S = 10.0
 """Seconds between two lines where there is no terminal."""
@@ -60,7 +61,7 @@ class LiveLine:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             complete = file.read().rpartition(b"\n")[0]
-        return json.loads(complete.rpartition(b"\n")[2]) if complete else None
+        return record_of(complete.rpartition(b"\n")[2]) if complete else None
 
     def _show(self, *, final: bool = False) -> None:
         record = self._newest()

@@ -47,18 +47,26 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records; where steps were done again after a restart, only the last record of each step."""
+    """All records, each step of a stage once: where it was done again after a restart, the last record of it."""
     last: dict[tuple[str, int], dict[str, Any]] = {}
     for record in _records(path):
         last[(record["stage"], record["step"])] = record
     return list(last.values())
 
 
+def record_of(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None where it is none: torn by a killed writer, or written by something else."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"stage", "step"} <= record.keys() else None
+
+
 def _records(path: Path) -> Iterator[dict[str, Any]]:
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:  # the last line of a killed run
-            continue
+    for line in path.read_bytes().splitlines():
+        record = record_of(line)
+        if record is not None:
+            yield record

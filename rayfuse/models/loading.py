@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from rayfuse.config import Model
+from rayfuse.config import Dtype, Model
 from rayfuse.errors import ModelError
 from rayfuse.models.imports import collector_paused
 
@@ -140,6 +140,27 @@ def _refuse_pickled(model: Model) -> None:
             f"{model.model} has no *.safetensors file (it has: {found}); pickled weights are refused, "
             "convert them with transformers' save_pretrained"
         )
+
+
+def model_folder(model: Model, path: str) -> Path:
+    """The folder of the model that `path` names: itself, or what the hub has under this id and `model.revision`."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    with _loading("the files", model):
+        return Path(snapshot_download(path, revision=model.revision))
+
+
+def stored_dtype(model: Model) -> Dtype:
+    """The number format that a model says its weights have; float32 where it says none that can be written.
+
+    Raises:
+        ModelError: the configuration cannot be loaded.
+    """
+    config = load_model_config(model)
+    said = [str(part.dtype).removeprefix("torch.") for part in (config, config.get_text_config())]
+    return next((dtype for name in said for dtype in get_args(Dtype) if dtype == name), "float32")
 
 
 def context_length(config: Any) -> int | None:

@@ -9,25 +9,21 @@ Shapes: every tensor of the model is its own case; `students_S` and `deltas_S` a
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from rayfuse.config import Dtype
 from rayfuse.errors import ConfigError, ModelError
 from rayfuse.files import folder_whole
+from rayfuse.models.folder import copy_rest, in_format, write_index
 from rayfuse.models.merge_formulas import DENSITIES, MERGES, Recipe
-from rayfuse.models.shards import FLOATS, INDEX, Kind, Shards, some_of, write_shard
+from rayfuse.models.shards import FLOATS, Kind, Shards, some_of, write_shard
 
 Method = Literal["task_arithmetic", "ties", "sce"]
-
-TEMPLATES = "additional_chat_templates"
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 
 
 def merge(
@@ -80,7 +76,7 @@ def merge(
     for leaf in leaves:
         _check_student(root, leaf, any_float=dtype is not None)
     with folder_whole(output) as half:
-        _copy_rest(base, half, dtype)
+        copy_rest(base, half, dtype)
         _write_weights(half, root, leaves, method, recipe, dtype)
     return output
 
@@ -113,12 +109,6 @@ def _recipe(method: str, count: int, weights: Sequence[float] | None, density: f
     )
 
 
-def _merged_kind(kind: Kind, dtype: Dtype | None) -> Kind:
-    if dtype is None or kind.dtype not in FLOATS:
-        return kind
-    return next(Kind(name, kind.shape) for name, value in FLOATS.items() if value == getattr(torch, dtype))
-
-
 def _check_student(base: Shards, student: Shards, *, any_float: bool) -> None:
     def fits(kind: Kind, other: Kind) -> bool:
         return kind == other or (
@@ -141,42 +131,15 @@ def _check_student(base: Shards, student: Shards, *, any_float: bool) -> None:
         raise ModelError(f"{student.path} does not fit the base {base.path}: {'; '.join(complaints)} ({advice})")
 
 
-def _copy_rest(base: Path, folder: Path, dtype: Dtype | None) -> None:
-    """Copy everything but the weights; config.json (and its text_config) says which number format they have."""
-    for path in (path for pattern in COPIED for path in base.glob(pattern)):
-        if path.is_file() and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
-    if (base / TEMPLATES).is_dir():
-        shutil.copytree(base / TEMPLATES, folder / TEMPLATES)
-    config = folder / "config.json"
-    if dtype is not None and config.exists():
-        tree = {"dtype": dtype, **json.loads(config.read_text(encoding="utf-8"))}
-        config.write_text(json.dumps(_with_dtype(tree, dtype), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _with_dtype(tree: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
-    return {
-        key: dtype
-        if key in ("dtype", "torch_dtype")
-        else _with_dtype(value, dtype)
-        if isinstance(value, dict)
-        else value
-        for key, value in tree.items()
-    }
-
-
 def _write_weights(
     folder: Path, base: Shards, students: Sequence[Shards], method: str, recipe: Recipe, dtype: Dtype | None
 ) -> None:
     """The merged weights, in shards that hold what the base's shards hold."""
-    kinds = {name: _merged_kind(kind, dtype) for name, kind in base.kinds.items()}
+    kinds = {name: in_format(kind, dtype) for name, kind in base.kinds.items()}
     for file in sorted(set(base.files.values())):
         part = {name: kind for name, kind in kinds.items() if base.files[name] == file}
         write_shard(folder / file, part, lambda name: _merged_tensor(name, base, students, kinds[name], method, recipe))
-    if base.index is not None:
-        metadata = {**base.index.get("metadata", {}), "total_size": sum(kind.size for kind in kinds.values())}
-        index = {"metadata": metadata, "weight_map": base.files}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_index(folder, base, kinds)
 
 
 def _merged_tensor(

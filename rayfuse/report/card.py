@@ -48,7 +48,7 @@ def write_card(path: Path, config: Config, results: dict[str, Any]) -> None:
     Args:
         path: the README.md to write.
         config: the run.
-        results: what results.json holds: "data", "models" and "times".
+        results: what results.json holds: "data", "models", "times" and "saved".
 
     Raises:
         OSError: the file cannot be written.
@@ -60,6 +60,7 @@ def write_card(path: Path, config: Config, results: dict[str, Any]) -> None:
         _what(config, teachers),
         _result(config, results.get("models", [])),
         _how_to_load(config),
+        _weights(results.get("saved")),
         _data(config, results.get("data", {})),
         _configuration(config),
     ]
@@ -311,6 +312,14 @@ inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 answer = model.generate(**inputs, max_new_tokens=64)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```"""
+
+
+def _weights(saved: dict[str, Any] | None) -> str:
+    if saved is None:
+        return ""
+    kept = saved["update_kept"]
+    rounded = "" if kept is None else f" {kept:.1%} of the training's update survives the rounding to it."
+    return f"The weights are in {saved['dtype']}.{rounded}"
 
 
 def _data(config: Config, counts: dict[str, Any]) -> str:

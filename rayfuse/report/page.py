@@ -180,6 +180,7 @@ OTHER_CURVES = {
     "trusted": ("teachers' belief in the samples", "mean weight"),
     "label_mass": ("teachers' share for the written token", "mean probability"),
     "margin": ("margin", "beta x (chosen - rejected)"),
+    "loss_router": ("balance of the experts", "load-balancing loss x its coefficient"),
     "preferred": ("chosen more likely than rejected", "share of pairs"),
 }
 """Curves of single methods: metric -> title and unit."""

@@ -3,7 +3,7 @@
 OUTPUT/config.json            the resolved configuration, written before anything starts
 OUTPUT/metrics.jsonl          one record per optimiser step
 OUTPUT/signals/               the teachers' answers (unless signals.store says otherwise)
-OUTPUT/stages/01-sft/         checkpoints and the stage's model
+OUTPUT/stages/01-sft/         checkpoints, and the stage's model in float32
 OUTPUT/model/                 the fused model, complete, in Hugging Face format
 OUTPUT/results.json           data counts, evaluation and times
 OUTPUT/report.html
@@ -12,7 +12,6 @@ OUTPUT/report.html
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,12 +31,14 @@ from rayfuse.report.card import write_card
 from rayfuse.report.page import write_report
 from rayfuse.report.terminal import make_console
 from rayfuse.run.folder import Stopwatch, open_run_folder
+from rayfuse.run.fused_model import write_fused
 from rayfuse.run.pairwise import train_pairwise
 from rayfuse.run.sources import KINDS, UnitSource, load_source, needed_sides
-from rayfuse.run.stage_job import stage_job
+from rayfuse.run.stage_job import identify_pivot, stage_job
 from rayfuse.run.teachers_first import fill
 from rayfuse.signals.store import SignalStore
 from rayfuse.student.group import train_group
+from rayfuse.student.result import is_finished
 from rayfuse.teachers.http.served import served
 from rayfuse.teachers.identity import IdentifiedTeacher, describe, identify, live
 from rayfuse.teachers.parity.check import check_parity
@@ -73,12 +74,13 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
         teachers = identify(config.teachers if needed else (), config.signals.k)
         asked = live(teachers)
         describe(asked, config.signals.k, SignalStore(config.store_url))
+        pivot = identify_pivot(config)
     if asked:
         with timed("check teachers"):
             models = [config.student, *config.teachers]
             check_parity(asked, config.signals.k, SignalStore(config.store_url), console, models)
     with served(asked, config.signals.k, config.serving.http, console):
-        _train_stages(config, teachers, sources, timed, console)
+        _train_stages(config, teachers, sources, pivot, timed, console)
     counts = {KINDS[len(sides)][0]: asdict(source.counts) for sides, source in sources.items()}
     results: dict[str, Any] = {**counts, "models": [], "times": timed.seconds}
     if config.evaluate is not None:
@@ -86,24 +88,25 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
             if embedded:  # nobody else uses these teachers: their memory is free for the evaluation
                 applications.delete(asked)
             results["models"] = evaluate_all(config)
-    return _finish(config, results)
+    return _finish(config, results, console)
 
 
 def _train_stages(
     config: Config,
     teachers: Sequence[IdentifiedTeacher],
     sources: Mapping[tuple[str, ...], UnitSource],
+    pivot: str,
     timed: Stopwatch,
     console: Console,
 ) -> None:
     """Every stage that is not done yet, each from the model before it."""
     for index in range(len(config.stages)):
         name = config.stage_folder(index).name
-        if (config.stage_folder(index) / "model").exists():
+        job = stage_job(config, index, teachers, sources, pivot)
+        if is_finished(job):
             console.print(f"{name} is done already")
             continue
         with timed(name):
-            job = stage_job(config, index, teachers, sources)
             first = config.serving.mode == "first"
             if first:
                 fill(job, console)
@@ -133,11 +136,11 @@ def _refuse_faults(config: Config) -> None:
         raise ConfigError("; ".join(f"{fault.where}: {fault.text}" for fault in faults))
 
 
-def _finish(config: Config, results: dict[str, Any]) -> Path:
+def _finish(config: Config, results: dict[str, Any], console: Console) -> Path:
     """The fused model's folder with its card, results.json and the report."""
     output = Path(config.output)
     with folder_whole(output / "model") as half:
-        shutil.copytree(config.stage_folder(len(config.stages) - 1) / "model", half, dirs_exist_ok=True)
+        results["saved"] = write_fused(config, half, console).as_dict()
         write_whole(output / "results.json", json.dumps(results, indent=2) + "\n")
         write_card(half / "README.md", config, results)
     write_report(output)

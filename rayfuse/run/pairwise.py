@@ -7,6 +7,7 @@ None waits for another, so one that fails takes nothing from the others, and a r
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,9 +17,11 @@ from pathlib import Path
 from rayfuse import cluster
 from rayfuse.config import Merge
 from rayfuse.errors import RayfuseError, StudentError
+from rayfuse.models.loading import model_folder
 from rayfuse.models.merge import merge
 from rayfuse.student.group import train_group
 from rayfuse.student.job import StageJob
+from rayfuse.student.result import commit_model, half_model, is_finished
 
 log = logging.getLogger(__name__)
 
@@ -49,18 +52,20 @@ def train_pairwise(
         )
         for teacher in job.spec.teachers
     ]
-    done = {alone.part: alone.folder / "model" for alone in jobs if (alone.folder / "model").exists()}
+    done = {alone.part: alone.folder / "model" for alone in jobs if is_finished(alone)}
     missing = [alone for alone in jobs if alone.part not in done]
     done |= side_by_side(missing, at_once or how.parallel or cluster.students_at_once(job.config), train)
-    return merge(
-        _base(job),
+    shutil.rmtree(half_model(job), ignore_errors=True)
+    merge(
+        model_folder(job.config.student, job.start),
         [done[alone.part] for alone in jobs],
-        job.folder / "model",
+        half_model(job),
         method=how.method,
         density=how.density,
         scale=how.scale,
-        dtype=job.config.student.dtype,
+        dtype="float32",
     )
+    return commit_model(job)
 
 
 def side_by_side(jobs: Sequence[StageJob], at_once: int, train: Callable[[StageJob], Path]) -> dict[str, Path]:
@@ -103,12 +108,3 @@ def side_by_side(jobs: Sequence[StageJob], at_once: int, train: Callable[[StageJ
         kind = type(error) if isinstance(error, RayfuseError) else StudentError
         raise kind(f"student {job.name} of the pairwise stage failed{kept}: {error}") from error
     return models
-
-
-def _base(job: StageJob) -> Path:
-    """The model that all students started from, as a folder."""
-    if Path(job.start).is_dir():
-        return Path(job.start)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(job.start, revision=job.config.student.revision))

@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
-from rayfuse.config import Config, Data
-from rayfuse.config.run import as_teacher
+import rayfuse
+from rayfuse.config import Config, Data, Model
+from rayfuse.config.run import as_reference, as_teacher
 from rayfuse.prepare.spec import INITIAL, PrepareSpec
-from rayfuse.run.sources import UnitSource
+from rayfuse.run.sources import KINDS, UnitSource
 from rayfuse.stages import METHODS, ranks
 from rayfuse.student.job import StageJob
+from rayfuse.student.result import identity_of_model
 from rayfuse.teachers.identity import IdentifiedTeacher, identify
+
+NOT_OF_THE_STAGE = {"prefetch", "max_failures", "cpus", "save_dtype"}
+"""Keys of the student that change no stage's result; which model it is, its fingerprint tells better than its path."""
 
 
 def stage_job(
@@ -21,6 +26,7 @@ def stage_job(
     index: int,
     teachers: Sequence[IdentifiedTeacher],
     sources: Mapping[tuple[str, ...], UnitSource],
+    pivot: str | None = None,
 ) -> StageJob:
     """The job of stage `index`.
 
@@ -29,6 +35,10 @@ def stage_job(
         index: which of `config.stages`.
         teachers: of the run, identified; a stage on preferences adds the model that it starts from.
         sources: the run's data, by the sides that a stage compares.
+        pivot: what `identify_pivot` says, where it is known already: the weights are hashed for it.
+
+    Raises:
+        CheckpointError: the stage starts from a stage that is not finished.
     """
     stage = config.stages[index]
     source = sources[stage.sides]
@@ -36,7 +46,7 @@ def stage_job(
     start = str(config.stage_folder(index - 1) / "model") if previous else config.student.model
     scorers = list(teachers) if stage.uses_teachers else []
     if stage.uses_preferences:
-        scorers += identify([as_teacher(config, INITIAL, start if previous else None)], config.signals.k)
+        scorers += identify([as_reference(config, INITIAL, start if previous else None)], config.signals.k)
     data = cast(Data, config.preferences) if stage.uses_preferences else config.data
     spec = PrepareSpec(
         student=config.student,
@@ -49,21 +59,43 @@ def stage_job(
         stage=stage,
         on_missing=config.serving.on_missing,
     )
-    identity = {
-        "stage": stage.model_dump(mode="json", exclude={"save_every": True, "keep": True, "merge": {"parallel"}}),
-        "student": config.student.model_dump(mode="json", exclude={"prefetch", "max_failures", "cpus"}),
-        "teachers": [(one.fingerprint, one.teacher.weight) for one in spec.teachers],
-        "data": source.content,
-        "k": spec.k,
-        "seed": config.seed,
-        "index": index,
+    made_of = {
+        "code (rayfuse)": rayfuse.__version__,
+        "settings": _hash(
+            [
+                stage.model_dump(mode="json", exclude={"save_every": True, "keep": True, "merge": {"parallel"}}),
+                config.student.model_dump(mode="json", exclude=NOT_OF_THE_STAGE | set(Model.model_fields) - {"dtype"}),
+                [one.teacher.weight for one in scorers],
+                [spec.k, spec.on_missing, config.seed, index],
+            ]
+        ),
+        KINDS[len(stage.sides)][0]: source.content,
+        "student (the pivot)": pivot or identify_pivot(config),
+        **{f"teacher {one.name}": one.fingerprint for one in scorers},
     }
+    if previous:
+        made_of["model of the stage before"] = identity_of_model(config.stage_folder(index - 1))
     return StageJob(
         config=config,
         index=index,
         start=start,
-        identity=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        identity=_hash(made_of),
         spec=spec,
         blocks=source.blocks,
         sizes=source.sizes,
+        made_of=made_of,
     )
+
+
+def identify_pivot(config: Config) -> str:
+    """The pivot's fingerprint: weights, tokenizer and template. Every stage's result depends on it.
+
+    Raises:
+        ModelError: its files cannot be found.
+    """
+    (pivot,) = identify([as_teacher(config, "pivot")], config.signals.k)
+    return pivot.fingerprint
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,9 @@
 """Checkpoints: written completely or not at all.
 
-`checkpoints/step_N/` holds safetensors files and, written last, `MANIFEST.json` with the size and sha256 of each, the
-data cursor and the identity of the run. The folder gets its name by a rename when all of it is on disk. Whoever
-resumes takes the newest folder whose manifest holds; `checkpoints.jsonl` only tells people the history.
+`checkpoints/step_N/` holds safetensors files, of which every rank writes its own, and, written last, `MANIFEST.json`
+with the size and sha256 of each, the data cursor and the identity of the run. The folder gets its name by a rename when
+all of it is on disk. Whoever resumes takes the newest folder whose manifest holds; `checkpoints.jsonl` only tells
+people the history.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,30 @@ from rayfuse.errors import CheckpointError
 from rayfuse.files import sync_folder, write_whole
 
 log = logging.getLogger(__name__)
-State = dict[str, dict[str, torch.Tensor]]
+State = Mapping[str, Mapping[str, torch.Tensor]]
+"""Name of a file without suffix -> its tensors."""
+RANDOM = "rng-"
+"""Files of the ranks' random states begin so; all others are the engine's."""
+
+
+class Files(State):
+    """The engine's files of a checkpoint by their names without suffix, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        names = sorted(path.stem for path in folder.glob("*.safetensors"))
+        self.names = [name for name in names if not name.startswith(RANDOM)]
+
+    def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
+        if name not in self.names:
+            raise KeyError(name)
+        return load_file(self.folder / f"{name}.safetensors")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,11 @@ class Checkpoint:
         """The tensors of one file, by its name without suffix."""
         return load_file(self.folder / f"{name}.safetensors")
 
+    @property
+    def state(self) -> State:
+        """What the engines of all ranks wrote."""
+        return Files(self.folder)
+
 
 def save_checkpoint(
     stage_folder: Path,
@@ -55,13 +84,13 @@ def save_checkpoint(
     barrier: Callable[[], None] = lambda: None,
     keep: int = 2,
 ) -> None:
-    """Write `checkpoints/step_N` together: rank 0 the state, every rank its random state, rank 0 the manifest last.
+    """Write `checkpoints/step_N` together: every rank its part and its random state, then rank 0 the manifest.
 
     Args:
         stage_folder: folder of the stage, on a file system that every rank sees.
         step: optimiser steps done; also the data cursor, for the order of the units depends on seed and step alone.
         identity: hash of everything the run's result depends on; a checkpoint of another run is refused.
-        state: file name -> tensors; used on rank 0.
+        state: file name -> tensors of this rank's part; no two ranks have a file of the same name.
         rank, world, barrier: this worker among all.
         keep: older checkpoints beyond this many are removed.
     """
@@ -72,13 +101,15 @@ def save_checkpoint(
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
     barrier()
-    save_file(_random_state(), half / f"rng-{rank}.safetensors")
-    if rank == 0:
-        for name, tensors in state.items():
-            save_file(tensors, half / f"{name}.safetensors")
+    save_file(_random_state(), half / f"{RANDOM}{rank}.safetensors")
+    for name, tensors in state.items():
+        path = half / f"{name}.safetensors"
+        if name.startswith(RANDOM) or path.exists():
+            raise CheckpointError(f"two ranks, or an engine and its random state, write the file {path.name}")
+        save_file(dict(tensors), path)
     barrier()
     if rank == 0:
-        files = {path.name: _describe(path) for path in sorted(half.iterdir())}
+        files = {path.name: describe(path) for path in sorted(half.iterdir())}
         manifest = {"step": step, "world": world, "identity": identity, "files": files}
         write_whole(half / "MANIFEST.json", json.dumps(manifest, indent=2))
         shutil.rmtree(final, ignore_errors=True)
@@ -103,7 +134,7 @@ def latest_checkpoint(stage_folder: Path, identity: str) -> Checkpoint | None:
         try:
             manifest = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
             for name, described in manifest["files"].items():
-                if _describe(folder / name) != described:
+                if describe(folder / name) != described:
                     raise ValueError(f"{name} is not what the manifest describes")
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("checkpoint %s is damaged and is passed over: %s", folder, error)
@@ -119,7 +150,7 @@ def latest_checkpoint(stage_folder: Path, identity: str) -> Checkpoint | None:
 
 def restore_random_state(checkpoint: Checkpoint, rank: int) -> None:
     """Set this worker's random state to that of the checkpoint."""
-    tensors = checkpoint.load(f"rng-{rank}")
+    tensors = checkpoint.load(f"{RANDOM}{rank}")
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
@@ -136,7 +167,8 @@ def _steps(root: Path) -> list[int]:
     return [int(path.name[5:]) for path in root.glob("step_*") if path.name[5:].isdigit()]
 
 
-def _describe(path: Path) -> dict[str, int | str]:
+def describe(path: Path) -> dict[str, int | str]:
+    """Size and sha256 of a file, as a manifest holds them; the file is on the disk then."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())

@@ -12,6 +12,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from rayfuse import cluster
 from rayfuse.errors import RayfuseError, StudentError
+from rayfuse.student.engines import ENGINES
 from rayfuse.student.job import StageJob
 from rayfuse.student.loop import train_in_group
 
@@ -36,7 +37,7 @@ def train_group(job: StageJob) -> Path:
             train_in_group,
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(**cluster.student_group(student)),
-            torch_config=TorchConfig(backend="nccl" if student.gpus else "gloo"),
+            torch_config=TorchConfig(backend=ENGINES[student.engine].backend(student)),
             run_config=RunConfig(
                 name=f"{job.name.replace('/', '-')}-{uuid.uuid4().hex[:8]}",
                 storage_path=str(Path(job.config.output).resolve() / "ray"),

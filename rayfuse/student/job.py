@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,11 +23,12 @@ class StageJob:
         config: the run.
         index: which of `config.stages`.
         start: folder or id of the model that the stage starts from.
-        identity: hash of everything the result depends on.
+        identity: hash of everything the result depends on, of which `made_of` names the parts.
         spec: what the prepare tasks are asked for.
         blocks: object references, each to a list of at most BLOCK units.
         sizes: student tokens of each unit, of all there are.
         part: name of this student among those of a pairwise stage; empty where the stage has one student.
+        made_of: what the result depends on, for people: the part's name -> its hash or version.
     """
 
     config: Config
@@ -38,6 +39,7 @@ class StageJob:
     blocks: Sequence[Any]
     sizes: Sequence[int]
     part: str = ""
+    made_of: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def stage(self) -> Stage:

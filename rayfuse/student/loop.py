@@ -7,6 +7,7 @@ the same thing.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,14 +20,13 @@ from ray.exceptions import RayError
 from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import Stage
 from rayfuse.errors import MissingSignalsError, RayfuseError, StudentError
-from rayfuse.files import folder_whole
 from rayfuse.metrics.records import MetricsWriter, read_metrics
 from rayfuse.prepare.spec import INITIAL
 from rayfuse.stages import METHODS, ranks
 from rayfuse.student.checkpoint import latest_checkpoint, restore_random_state, save_checkpoint
-from rayfuse.student.engines import ENGINES
-from rayfuse.student.engines.ddp import TorchEngine
+from rayfuse.student.engines import ENGINES, Engine
 from rayfuse.student.job import StageJob
+from rayfuse.student.result import commit_model, half_model
 from rayfuse.student.stream import UnitStream, units_of
 
 
@@ -71,7 +71,7 @@ def train(job: StageJob, rank: int, world: int) -> None:
     torch.manual_seed(config.seed + rank)  # dropout must differ between workers
     engine = ENGINES[config.student.engine](config.student, job.start, stage, device)
     if checkpoint is not None:
-        engine.load_state({"weights": checkpoint.load("weights"), "optimizer": checkpoint.load("optimizer")})
+        engine.load_state(checkpoint.state)
         restore_random_state(checkpoint, rank)
     found = engine.sum_over_workers(np.array([done, done**2], dtype=np.float64))
     if found[0] != world * done or found[1] != world * done**2:
@@ -99,21 +99,25 @@ def train(job: StageJob, rank: int, world: int) -> None:
         _refuse_too_many(job, dropped)
         if step % stage.save_every == 0 and step < job.steps:
             _save(job, engine, step, rank, world)
-    if rank == 0:
-        write_model(engine, job.folder)
-    engine.barrier()
+    write_model(engine, job, rank)
 
 
-def _step(job: StageJob, engine: TorchEngine, batches: list[FusionBatch], rate: float) -> dict[str, float]:
+def _step(job: StageJob, engine: Engine, batches: list[FusionBatch], rate: float) -> dict[str, float]:
     """One optimiser step over this worker's batches; returns what it measured, summed over the workers."""
     method, k = METHODS[job.stage.method], ranks(job.config, job.stage)
     counts = engine.sum_over_workers(np.sum([batch.counts.as_array() for batch in batches], axis=0))
     totals = Counts.of_array(counts, len(job.spec.teachers))
+    # Of padding apart: a router's loss is a mean over the tokens of a micro-batch, and each counts equally in the step.
+    real_tokens = engine.sum_over_workers(np.array([sum(batch.attention_mask.sum() for batch in batches)], float))[0]
     parts_of: list[dict[str, Any]] = []
     for index, batch in enumerate(batches):
         with engine.accumulate(last=index == len(batches) - 1):
-            output = engine.forward(batch, k, method.lse_gradient)
+            output = engine.log_probabilities(batch) if k is None else engine.score(batch, k, lse=method.lse_gradient)
             loss, parts = method.loss(job.stage, output, batch, totals)
+            router = engine.router_loss()
+            if router is not None:
+                router = router * (batch.attention_mask.sum() / real_tokens)
+                loss, parts = loss + router, {**parts, "loss_router": router}
             engine.backward(loss)
         parts_of.append({"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}})
     # Read at the end: reading a value makes the host wait for the device.
@@ -156,13 +160,12 @@ def _refuse_too_many(job: StageJob, dropped: float) -> None:
         )
 
 
-def _save(job: StageJob, engine: TorchEngine, step: int, rank: int, world: int) -> None:
-    state = engine.state() if rank == 0 else {}
+def _save(job: StageJob, engine: Engine, step: int, rank: int, world: int) -> None:
     save_checkpoint(
         job.folder,
         step,
         job.identity,
-        state,
+        engine.state(),
         rank=rank,
         world=world,
         barrier=engine.barrier,
@@ -170,7 +173,15 @@ def _save(job: StageJob, engine: TorchEngine, step: int, rank: int, world: int) 
     )
 
 
-def write_model(engine: TorchEngine, folder: Path) -> None:
-    """The stage's result: `model/`, which has its name only when it is complete."""
-    with folder_whole(folder / "model") as half:
-        engine.export(half)
+def write_model(engine: Engine, job: StageJob, rank: int) -> None:
+    """The stage's result, which has its name only when it is complete. Called by all workers."""
+    half = half_model(job)
+    if rank == 0:
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
+    engine.barrier()
+    engine.export(half)
+    engine.barrier()
+    if rank == 0:
+        commit_model(job)
+    engine.barrier()

@@ -114,6 +114,8 @@ def fingerprint(teacher: Teacher, k: int) -> str:
         "ends": [tokenizer.bos_token_id, tokenizer.eos_token_id],
         "rendering": RENDERING,
     }
+    if teacher.autocast is not None:
+        parts["autocast"] = teacher.autocast
     if teacher.vllm is not None:
         parts["quantization"] = teacher.vllm.quantization
         parts["engine"] = engine_version(teacher)

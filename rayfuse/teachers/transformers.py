@@ -7,6 +7,7 @@ Vocabulary rows that pad the weight matrix beyond the tokenizer are left out of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -42,6 +43,10 @@ class TransformersTeacher(Backend):
         self.model = load_causal_lm(teacher).to(self.device)
         self.layer = output_layer(self.model, vocabulary_size(self.renderer.tokenizer))
         check_output_layer(self.model, self.layer)
+        self.dtype = getattr(torch, teacher.autocast or teacher.dtype)
+        if teacher.autocast is not None:  # as the student's fused head does
+            bias = None if self.layer.bias is None else self.layer.bias.to(self.dtype)
+            self.layer = replace(self.layer, weight=self.layer.weight.to(self.dtype), bias=bias)
         self.context = context_length(self.model.config)
         self.vocab_size = self.layer.valid_vocab
         if k > self.vocab_size:
@@ -103,25 +108,29 @@ class TransformersTeacher(Backend):
                         vocab_size=self.vocab_size,
                     )
                 ]
-            out_BT = self.model.generate(
-                input_ids=input_ids_BT.to(self.device),
-                attention_mask=mask_BT.to(self.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,  # where there is sampling, the processor leaves one token to choose from
-                logits_processor=sampling,
-                eos_token_id=end,
-                pad_token_id=end,
-                # The model's own generation_config must not change what is compared.
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
-            )
+            with self._autocast():
+                out_BT = self.model.generate(
+                    input_ids=input_ids_BT.to(self.device),
+                    attention_mask=mask_BT.to(self.device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,  # where there is sampling, the processor leaves one token to choose from
+                    logits_processor=sampling,
+                    eos_token_id=end,
+                    pad_token_id=end,
+                    # The model's own generation_config must not change what is compared.
+                    top_k=0,
+                    top_p=1.0,
+                    repetition_penalty=1.0,
+                    no_repeat_ngram_size=0,
+                )
             for b, i in enumerate(batch):
                 ids = out_BT[b, T:].tolist()
                 ids = ids[: ids.index(end)] if end in ids else ids
                 answers[i] = self.renderer.tokenizer.decode(ids, skip_special_tokens=True)
         return answers
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.teacher.autocast is not None)
 
     def _forward(self, batch: list[Rendered]) -> list[TopKSignals]:
         T = max(item.length for item in batch) - 1  # the end-of-turn token itself is predicted, never read
@@ -133,13 +142,14 @@ class TransformersTeacher(Backend):
             input_ids_BT[b, : len(ids)] = torch.from_numpy(ids)
             mask_BT[b, : len(ids)] = 1
             rows.append(b * T + len(item.prompt_ids) - 1 + np.arange(len(item.response_ids)))
-        hidden_BTH = self.model.base_model(
-            input_ids=input_ids_BT.to(self.device), attention_mask=mask_BT.to(self.device), use_cache=False
-        ).last_hidden_state
+        with self._autocast():
+            hidden_BTH = self.model.base_model(
+                input_ids=input_ids_BT.to(self.device), attention_mask=mask_BT.to(self.device), use_cache=False
+            ).last_hidden_state
         rows_N = torch.from_numpy(np.concatenate(rows)).to(self.device)
         next_ids_N = torch.from_numpy(np.concatenate([item.response_ids for item in batch])).to(self.device)
         top = teacher_topk(
-            hidden_BTH.flatten(0, 1)[rows_N],
+            hidden_BTH.flatten(0, 1)[rows_N].to(self.layer.weight.dtype),
             self.layer.weight,
             next_ids_N,
             self.k,

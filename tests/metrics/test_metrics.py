@@ -50,6 +50,32 @@ def test_a_step_done_again_counts_once(tmp_path):
     assert [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [3.5, 2.5]
 
 
+def test_steps_repeated_after_a_resume_stand_once_in_what_readers_get(tmp_path):
+    """Killed at step 4, resumed from the checkpoint of step 2; another stage and another student are apart."""
+    path = tmp_path / "metrics.jsonl"
+    for attempt, steps in (("first", (1, 2, 3, 4)), ("resumed", (3, 4, 5))):
+        writer = MetricsWriter(path)
+        for step in steps:
+            for stage in ("01-sft", "02-infifusion/math"):
+                writer.write({"stage": stage, "step": step, "by": attempt})
+    records = read_metrics(path)
+    steps = [(record["stage"], record["step"]) for record in records]
+    assert sorted(steps) == [(stage, step) for stage in ("01-sft", "02-infifusion/math") for step in range(1, 6)]
+    assert all(record["by"] == ("resumed" if record["step"] > 2 else "first") for record in records)
+
+
+def test_lines_that_are_no_records_cost_nothing(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsWriter(path).write({"stage": "a", "step": 1})
+    with path.open("ab") as file:
+        file.write(b'[1]\n3\n"text"\n\xff\xfe\n{"step": 2}\n\n')
+    MetricsWriter(path).write({"stage": "a", "step": 2})
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    with path.open("ab") as file:
+        file.write(b"[1]\n")
+    LiveLine(path, Console(file=StringIO()))._show()
+
+
 def test_the_live_line_counts_each_student_by_itself(tmp_path, monkeypatch):
     """Two students write in turns, one ten times as fast: each has its own time left."""
     path, out = tmp_path / "metrics.jsonl", StringIO()

@@ -172,3 +172,15 @@ def test_every_method_has_its_text():
 
     assert set(STAGE_TEXTS) == set(STAGES.values())
     assert set(STAGES) == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ({"dtype": "bfloat16", "update_kept": 0.0123}, "in bfloat16. 1.2% of the training's update survives"),
+        ({"dtype": "float32", "update_kept": None}, "The weights are in float32.\n"),
+    ],
+)
+def test_the_card_says_what_the_weights_number_format_costs(config: Config, tmp_path: Path, saved, said):
+    write_card(tmp_path / "README.md", config, {**RESULTS, "saved": saved})
+    assert said in (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -1,20 +1,26 @@
 """Whole runs on an embedded Ray, as a user starts them."""
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import ray
+import torch
 import yaml
-from safetensors.torch import load_file
+from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import rayfuse
 from rayfuse.config import parse_config
 from rayfuse.errors import CheckpointError, TeacherError
 from rayfuse.metrics.records import read_metrics
@@ -121,6 +127,126 @@ def test_a_finished_run_is_not_overwritten_and_resume_does_nothing_again(run):
         fuse(config.model_copy(update={"seed": 9}), resume=True)
 
 
+@pytest.fixture
+def resumable(run, tiny, tmp_path):
+    """A copy of the finished run whose data, pivot and teachers are its own, so that they can be changed."""
+    inputs = shutil.copytree(tiny.root, tmp_path / "inputs")
+    shutil.copytree(run, tmp_path / "run")
+    text = (run / "config.json").read_text()
+    text = text.replace(str(tiny.root), str(inputs)).replace(str(run), str(tmp_path / "run"))
+    (tmp_path / "run/config.json").write_text(text)
+    return parse_config(json.loads(text)).model_copy(update={"evaluate": None}), inputs
+
+
+def _rows(path):
+    return path.read_text().splitlines(keepends=True)
+
+
+def _change_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    weights[name] = weights[name] + 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+CHANGES = {
+    "data": (lambda inputs: (inputs / "train.jsonl").write_text("".join(_rows(inputs / "train.jsonl")[1:])), "01-sft"),
+    "student (the pivot)": (lambda inputs: _change_weights(inputs / "pivot"), "01-sft"),
+    "teacher math": (lambda inputs: _change_weights(inputs / "math"), "02-infifusion"),
+    "code (rayfuse)": (lambda inputs: None, "01-sft"),
+}
+
+
+@pytest.mark.parametrize("part", CHANGES)
+def test_a_resumed_run_whose_inputs_changed_is_refused_and_describes_nothing_anew(resumable, part, monkeypatch):
+    """Card and report would tell of data or models that the weights have not seen."""
+    config, inputs = resumable
+    change, stage = CHANGES[part]
+    change(inputs)
+    if part.startswith("code"):
+        monkeypatch.setattr(rayfuse, "__version__", "99.0")
+    output = Path(config.output)
+    told = [output / "results.json", output / "report.html", output / "model/README.md", output / "metrics.jsonl"]
+    before = [path.read_bytes() for path in told]
+    with pytest.raises(CheckpointError, match=re.escape(f"{stage} was made with other inputs: {part} changed since")):
+        fuse(config, resume=True)
+    assert [path.read_bytes() for path in told] == before
+
+
+def test_a_finished_run_is_resumed_with_other_patience_and_in_another_number_format(resumable, capsys):
+    config, _ = resumable
+    teachers = tuple(teacher.model_copy(update={"patience_s": 7.0}) for teacher in config.teachers)
+    student = config.student.model_copy(update={"save_dtype": "bfloat16", "max_failures": 9})
+    changed = config.model_copy(update={"teachers": teachers, "student": student})
+    before = len(_metrics(Path(config.output)))
+    model = fuse(changed, resume=True)
+    assert len(_metrics(Path(config.output))) == before
+    assert {value.dtype for value in load_file(model / "model.safetensors").values()} == {torch.bfloat16}
+    assert "of the training's update survives" in capsys.readouterr().out
+
+
+def test_a_damaged_model_of_a_finished_stage_is_not_fused(resumable):
+    config, _ = resumable
+    weights = config.stage_folder(0) / "model/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 4
+    weights.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=r"01-sft/model is not what .*\(model\.safetensors\): delete this folder"):
+        fuse(config, resume=True)
+
+
+def _bfloat16_pivot(tiny, folder):
+    """The pivot in bfloat16, with dropout."""
+    shutil.copytree(tiny.model("pivot"), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.config.attention_dropout = 0.1
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def _survives(folder, pivot, model):
+    """The share of the update that the fused model has, from the three files."""
+    start, exact, saved = (load_file(path / "model.safetensors") for path in (Path(pivot), model, folder / "model"))
+    update, left = (
+        torch.cat([(of[name].double() - start[name].double()).flatten() for name in sorted(exact)])
+        for of in (exact, saved)
+    )
+    return float(left @ update / (update @ update))
+
+
+def test_small_updates_reach_the_next_stage_whole_and_the_rounding_of_the_last_model_is_told(tiny, tmp_path, cluster):
+    """A bfloat16 pivot and student at a rate of 1e-7; in the second stage the policy begins as its reference."""
+    pivot = _bfloat16_pivot(tiny, tmp_path / "pivot")
+    common = {"steps": 2, "batch_size": 16, "learning_rate": 1e-7}
+    tree = tiny.tree(
+        tmp_path / "run",
+        student={"model": pivot, "dtype": "bfloat16"},
+        stages=[{"method": "sft", **common}, {"method": "dpo", **common}],
+        preferences={"path": str(tiny.root / "pairs.jsonl"), "unit_size": 8, "max_length": 200},
+    )
+    out = StringIO()
+    fuse(parse_config(tree), console=Console(file=out, width=400))
+    start = load_file(Path(pivot) / "model.safetensors")
+    for stage in ("01-sft", "02-dpo"):
+        weights = load_file(tmp_path / f"run/stages/{stage}/model/model.safetensors")
+        assert {value.dtype for value in weights.values()} == {torch.float32}
+        moved = [(value != start[name].float()).float().mean().item() for name, value in weights.items()]
+        assert max(moved) > 0.5, "float32 holds what bfloat16 would have lost"
+    first = next(record for record in _metrics(tmp_path / "run") if record["stage"] == "02-dpo")
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert first["margin"] == pytest.approx(0, abs=1e-3)
+    saved = json.loads((tmp_path / "run/results.json").read_text())["saved"]
+    kept = _survives(tmp_path / "run", pivot, tmp_path / "run/stages/02-dpo/model")
+    assert saved == {"dtype": "bfloat16", "update_kept": pytest.approx(kept, rel=1e-6)}
+    assert 0 <= kept < 0.2
+    told = f"{kept:.1%} of the training's update survives"
+    assert told in out.getvalue()
+    assert told in (tmp_path / "run/model/README.md").read_text()
+    fused = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype="auto")
+    assert fused.dtype == torch.bfloat16
+    assert fused.config.attention_dropout == 0.1
+
+
 def test_the_three_methods_in_one_run(tiny, tmp_path, cluster):
     """SFT, InfiFusion, InfiGFusion, InfiFPO and DPO, each from the model before it; signals are shared."""
     common = {"steps": 15, "batch_size": 16, "learning_rate": 1e-3}
@@ -145,6 +271,26 @@ def test_the_three_methods_in_one_run(tiny, tmp_path, cluster):
     assert of_stage["dpo"][0]["loss"] == pytest.approx(0.693147, abs=1e-4)
     assert of_stage["dpo"][0]["margin"] == pytest.approx(0, abs=1e-3)
     assert (tmp_path / "run/report.html").exists()
+
+
+@pytest.mark.parametrize("asked", [None, "float32"])
+def test_a_merged_model_is_in_the_pivots_format_unless_asked(tiny, tmp_path, cluster, asked):
+    pivot = _bfloat16_pivot(tiny, tmp_path / "pivot")
+    common = {"steps": 1, "batch_size": 16, "learning_rate": 1e-5}
+    merge = {"method": "task_arithmetic", "parallel": 1}
+    tree = tiny.tree(tmp_path / "run", stages=[{"method": "infifusion", **common, "merge": merge}])
+    tree["student"] = {"model": pivot, "save_dtype": asked}
+    fuse(parse_config(tree))
+    merged = tmp_path / "run/stages/01-infifusion/model"
+    assert {value.dtype for value in load_file(merged / "model.safetensors").values()} == {torch.float32}
+    saved = json.loads((tmp_path / "run/results.json").read_text())["saved"]
+    if asked:
+        assert saved == {"dtype": "float32", "update_kept": None}
+    else:
+        kept = _survives(tmp_path / "run", pivot, merged)
+        assert saved == {"dtype": "bfloat16", "update_kept": pytest.approx(kept, rel=1e-6)}
+    fused = load_file(tmp_path / "run/model/model.safetensors")
+    assert {value.dtype for value in fused.values()} == {torch.float32 if asked else torch.bfloat16}
 
 
 PAIRWISE = {"method": "infifusion", "steps": 3, "batch_size": 16, "learning_rate": 1e-3}

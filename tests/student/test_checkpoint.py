@@ -1,6 +1,8 @@
 """Checkpoints: complete or not there."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -79,3 +81,29 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 10):
         _save(tmp_path, step, keep=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_10", "step_3"]
+
+
+def test_every_rank_writes_its_own_part_and_the_manifest_names_all(tmp_path):
+    """Two ranks that meet at real barriers; the state of a resumed run is that of both."""
+    meet = threading.Barrier(2, timeout=30)
+
+    def rank(number):
+        part = {f"weights-{number}": {"w": torch.full((2,), float(number))}}
+        save_checkpoint(tmp_path, 4, "run-a", part, rank=number, world=2, barrier=meet.wait)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(rank, range(2)))
+    checkpoint = latest_checkpoint(tmp_path, "run-a")
+    assert {name: part["w"].tolist() for name, part in checkpoint.state.items()} == {
+        "weights-0": [0.0, 0.0],
+        "weights-1": [1.0, 1.0],
+    }
+    files = json.loads((checkpoint.folder / "MANIFEST.json").read_text())["files"]
+    assert set(files) == {f"{name}-{rank}.safetensors" for name in ("weights", "rng") for rank in (0, 1)}
+    (checkpoint.folder / "weights-1.safetensors").unlink()
+    assert latest_checkpoint(tmp_path, "run-a") is None
+
+
+def test_a_part_that_is_there_already_is_not_overwritten(tmp_path):
+    with pytest.raises(CheckpointError, match=r"rng-0\.safetensors"):
+        save_checkpoint(tmp_path, 1, "run-a", {"rng-0": {"w": torch.zeros(1)}})

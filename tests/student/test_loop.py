@@ -10,7 +10,7 @@ from rayfuse.student import loop
 
 def job(tmp_path, workers=1):
     """As much of a StageJob as the loop looks at before its first step: 5 steps of 6 units, of 20 units."""
-    student = SimpleNamespace(gpus=0, cpus=1, engine="torch", workers=workers)
+    student = SimpleNamespace(gpus=0, cpus=1, engine="ddp", workers=workers)
     return SimpleNamespace(
         config=SimpleNamespace(student=student, seed=3, output=str(tmp_path)),
         stage=None,
@@ -48,7 +48,7 @@ def test_the_teachers_are_asked_before_the_students_weights_are_loaded(tmp_path,
         raise LoadingError
 
     monkeypatch.setattr(loop, "UnitStream", lambda _, units: happened.append(f"stream of {len(list(units))}"))
-    monkeypatch.setitem(loop.ENGINES, "torch", engine)
+    monkeypatch.setitem(loop.ENGINES, "ddp", engine)
     with pytest.raises(LoadingError):
         loop.train(job(tmp_path), rank=0, world=1)
     assert happened == ["stream of 30", "weights"]

@@ -1,8 +1,11 @@
-"""The engines that train a student, by name."""
+"""The engines that train a student, by name. A new one is a file here and an entry in ENGINES."""
 
 from __future__ import annotations
 
-from rayfuse.student.engines.ddp import TorchEngine
+from rayfuse.student.engines.base import Engine
+from rayfuse.student.engines.ddp import DDPEngine
 
-ENGINES = {"torch": TorchEngine}
+ENGINES: dict[str, type[Engine]] = {"ddp": DDPEngine}
 """Engine by its name in the configuration (student.engine)."""
+
+__all__ = ["ENGINES", "Engine"]

@@ -1,12 +1,9 @@
-"""The student's engine: forward to the fused head, backward, step. Plain PyTorch, data-parallel with DDP.
-
-This is the one seam where another engine stands (`ENGINES`): what the training loop asks of it is the small set of
-public methods below.
-"""
+"""The engine in plain PyTorch, data-parallel with DDP: every rank holds the whole model, its gradients and moments."""
 
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,40 +11,39 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rayfuse.batch import FusionBatch
 from rayfuse.config import Stage, Student
 from rayfuse.errors import StudentError
 from rayfuse.losses import HeadOutput
+from rayfuse.models.folder import save_model
 from rayfuse.models.loading import load_causal_lm, load_tokenizer, vocabulary_size
 from rayfuse.models.output_layer import check_output_layer, output_layer
 from rayfuse.stages.tensors import on_device
-from rayfuse.student.engines.head import HiddenToHead
+from rayfuse.student.checkpoint import State
+from rayfuse.student.engines.base import Engine
+from rayfuse.student.engines.head import Forward, HiddenToHead, router_coefficient
 
 
-class TorchEngine:
-    """Float32 weights and AdamW; the forward and backward pass in the student's dtype.
-
-    Args:
-        student: dtype, gradient checkpointing.
-        path: folder or id of the model that the stage starts from.
-        stage: weight decay and clipping.
-        device: where this worker computes.
-    """
+class DDPEngine(Engine):
+    """Float32 weights and AdamW; the forward and backward pass in the student's dtype. See `Engine`."""
 
     def __init__(self, student: Student, path: str, stage: Stage, device: torch.device) -> None:
         self.device = device
         self.stage = stage
         self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
         source = student if path == student.model else student.model_copy(update={"model": path, "gguf_file": None})
         self.tokenizer = load_tokenizer(student)
-        self.model = load_causal_lm(source, dtype="float32").to(device).train()
-        if student.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.export_dtype = getattr(torch, student.dtype)
+        self.model = load_causal_lm(source, dtype="float32").to(device)
+        prepare_forward(self.model, dropout=not stage.uses_preferences, checkpointing=student.gradient_checkpointing)
         vocabulary = vocabulary_size(self.tokenizer)
         check_output_layer(self.model, output_layer(self.model, vocabulary))
-        module = HiddenToHead(self.model, vocabulary, self.export_dtype)
+        self.dtype = getattr(torch, student.dtype)
+        router = router_coefficient(self.model, student.router_loss)
+        module = HiddenToHead(self.model, vocabulary, self.dtype, router)
         self.module: nn.Module = nn.parallel.DistributedDataParallel(module) if self.world > 1 else module
         self.named = dict(self.model.named_parameters())
         matrices = [p for p in self.named.values() if p.dim() >= 2]
@@ -59,17 +55,33 @@ class TorchEngine:
             fused=True,
         )
 
-    def forward(self, batch: FusionBatch, k: int | None, lse: bool = False) -> HeadOutput | torch.Tensor:
-        """Of one micro-batch: cross-entropy and top k, or (k None) differentiable log-probabilities [N] of the labels.
+    @staticmethod
+    def backend(student: Student) -> str:
+        """NCCL between GPUs, otherwise gloo."""
+        return "nccl" if student.gpus else "gloo"
 
-        A preference loss weighs a response by how the whole pair scored, so it needs the second form. `lse`: the head's
-        log-sum-exp is differentiable, for losses on probabilities.
-        """
+    def _forward(self, batch: FusionBatch, k: int | None, lse: bool) -> Forward:
         fields = ("input_ids", "attention_mask", "positions", "labels", "picks")
         arrays = {name: getattr(batch, name) for name in fields if getattr(batch, name) is not None}
         tensors = {name: on_device(array, self.device) for name, array in arrays.items()}
-        output: HeadOutput | torch.Tensor = self.module(tensors, k, lse)
-        return output
+        self.made: Forward = self.module(tensors, k, lse)
+        return self.made
+
+    def score(self, batch: FusionBatch, k: int, *, lse: bool = False) -> HeadOutput:
+        """Cross-entropy and top k of a micro-batch's N positions."""
+        head = self._forward(batch, k, lse).head
+        assert head is not None
+        return head
+
+    def log_probabilities(self, batch: FusionBatch) -> torch.Tensor:
+        """Differentiable log-probabilities [N] of the labels."""
+        logps = self._forward(batch, None, False).logps
+        assert logps is not None
+        return logps
+
+    def router_loss(self) -> torch.Tensor | None:
+        """The load-balancing loss of the last forward, times its coefficient."""
+        return self.made.router
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add this micro-batch's gradients; call it inside `accumulate`."""
@@ -115,8 +127,10 @@ class TorchEngine:
         if self.world > 1:
             dist.barrier()
 
-    def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What a checkpoint holds, by file: the weights and the optimiser's moments."""
+    def state(self) -> State:
+        """The weights and the optimiser's moments, on rank 0: all ranks hold the same."""
+        if self.rank:
+            return {}
         moments = {}
         for name, parameter in self.named.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -124,32 +138,47 @@ class TorchEngine:
         weights = {name: p.detach().cpu().contiguous() for name, p in self.named.items()}
         return {"weights": weights, "optimizer": moments}
 
-    def load_state(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+    def load_state(self, state: State) -> None:
         """The inverse of `state`.
 
         Raises:
             StudentError: the tensors are not those of this model.
         """
-        if set(state["weights"]) != set(self.named):
-            odd = sorted(set(state["weights"]) ^ set(self.named))
+        weights = state["weights"]
+        if set(weights) != set(self.named):
+            odd = sorted(set(weights) ^ set(self.named))
             raise StudentError(f"the checkpoint is of another model: {len(odd)} tensors differ, for example {odd[:3]}")
         with torch.no_grad():
-            for name, value in state["weights"].items():
+            for name, value in weights.items():
                 self.named[name].copy_(value)
         for entry, value in state["optimizer"].items():
             name, key = entry.rsplit("/", 1)
             self.optimizer.state[self.named[name]][key] = value.to(self.device)
 
     def export(self, folder: Path) -> None:
-        """Write a complete Hugging Face model: safetensors, tokenizer, chat template, generation configuration."""
+        """Write a complete Hugging Face model in float32, on rank 0: all ranks hold the same."""
+        if self.rank:
+            return
         weights, seen = {}, set()
         for name, value in self.model.state_dict().items():
             if value.data_ptr() not in seen:  # a tied weight is stored once, under its first name
                 seen.add(value.data_ptr())
-                dtype = self.export_dtype if value.is_floating_point() else value.dtype
-                weights[name] = value.detach().to("cpu", dtype)
-        config = self.model.config
-        previous, config.dtype = config.dtype, self.export_dtype
-        self.model.save_pretrained(folder, state_dict=weights, safe_serialization=True)
-        config.dtype = previous
+                weights[name] = value.detach().cpu()
+        save_model(self.model, weights, folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def prepare_forward(model: Any, *, dropout: bool, checkpointing: bool) -> None:
+    """Set the model to train with its dropout or without, and with its layers' activations kept or recomputed.
+
+    Without dropout is evaluation mode, in which transformers would keep all activations: the layers are then wrapped
+    here. The recomputed layer is deterministic, so it needs no random state.
+    """
+    model.train(dropout)
+    if not checkpointing:
+        return
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not dropout:
+        for layer in model.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

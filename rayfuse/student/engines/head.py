@@ -2,38 +2,111 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from rayfuse.errors import ModelError
 from rayfuse.losses import HeadOutput, fused_head, token_logps
 from rayfuse.models.output_layer import output_layer
 
 
-class HiddenToHead(nn.Module):
-    """The model and its fused head as one module, so that DDP sees one forward."""
+@dataclass
+class Forward:
+    """What a forward made: one of the first two, as asked for, and the router loss where the model has one.
 
-    def __init__(self, model: Any, vocabulary: int, dtype: torch.dtype) -> None:
+    Attributes:
+        head: cross-entropy and top k.
+        logps: [N] log-probabilities of the labels.
+        router: the load-balancing loss, times its coefficient.
+    """
+
+    head: HeadOutput | None = None
+    logps: torch.Tensor | None = None
+    router: torch.Tensor | None = None
+
+
+class HiddenToHead(nn.Module):
+    """The model and its fused head as one module, so that an engine which wraps modules sees one forward.
+
+    Args:
+        model: a transformers causal language model.
+        vocabulary: tokens of its tokenizer; rows of the output layer from there on are padding.
+        dtype: number format of the forward and backward pass.
+        router: coefficient of the load-balancing loss; 0: none.
+    """
+
+    def __init__(self, model: Any, vocabulary: int, dtype: torch.dtype, router: float = 0.0) -> None:
         super().__init__()
         self.model = model
         self.vocabulary = vocabulary
         self.dtype = dtype
+        self.router = router
 
-    def forward(self, batch: dict[str, torch.Tensor], k: int | None, lse: bool = False) -> HeadOutput | torch.Tensor:
-        """The fused head's output with the top k, or (k None) the labels' log-probabilities [N].
-
-        `lse`: its log-sum-exp is differentiable.
-        """
+    def forward(self, batch: dict[str, torch.Tensor], k: int | None, lse: bool) -> Forward:
+        """The top k (`lse`: with a differentiable log-sum-exp) or, k None, the labels' log-probabilities."""
         device = batch["labels"].device.type
         with torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            hidden_BTH = self.model.base_model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            ).last_hidden_state
+            hidden_BTH, balance = _hidden(self.model, batch["input_ids"], batch["attention_mask"], self.router > 0)
+        made = Forward(router=None if balance is None else self.router * balance)
         layer = output_layer(self.model, self.vocabulary)
         hidden_NH = hidden_BTH.flatten(0, 1)[batch["positions"]].to(self.dtype)
         weight = layer.weight.to(self.dtype)
         options = layer.options() | {"bias": None if layer.bias is None else layer.bias.to(self.dtype)}
+        labels = batch["labels"]
         if k is None:
-            return token_logps(hidden_NH, weight, batch["labels"], **options)
-        return fused_head(hidden_NH, weight, batch["labels"], k, picks=batch.get("picks"), lse_gradient=lse, **options)
+            made.logps = token_logps(hidden_NH, weight, labels, **options)
+        else:
+            picks = batch.get("picks")
+            made.head = fused_head(hidden_NH, weight, labels, k, picks=picks, lse_gradient=lse, **options)
+        return made
+
+
+def _hidden(
+    model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, balanced: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The last hidden states [B, T, H] and, where asked for, the model's own load-balancing loss.
+
+    That loss is made by the causal model, not by its base; all it adds is the logits of one position per sample.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    if not balanced:
+        return model.base_model(**inputs).last_hidden_state, None
+    out = model(**inputs, output_router_logits=True, output_hidden_states=True, logits_to_keep=1)
+    return out.hidden_states[-1], out.aux_loss
+
+
+def router_coefficient(model: Any, asked: float | None) -> float:
+    """Coefficient of the load-balancing loss: as asked, or the model's own; 0 where the model has no router.
+
+    Raises:
+        ModelError: it is asked for, and the model has none; or the model's code does not return it.
+    """
+    own = getattr(model, "router_aux_loss_coef", None)  # every class of transformers that has such a loss has it
+    if own is None:
+        if asked:
+            raise ModelError(f"student.router_loss is {asked:g}, but {type(model).__name__} has no router loss; use 0")
+        return 0.0
+    coefficient = float(own if asked is None else asked)
+    if coefficient:
+        _check_router_loss(model)
+    return coefficient
+
+
+def _check_router_loss(model: Any) -> None:
+    """Raises ModelError where the way with the load-balancing loss gives other hidden states, or no such loss."""
+    ids = torch.arange(1, 5, device=model.device)[None] % model.config.vocab_size
+    mask = torch.ones_like(ids)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        plain, _ = _hidden(model, ids, mask, balanced=False)
+        hidden, balance = _hidden(model, ids, mask, balanced=True)
+    model.train(training)
+    if balance is None or not torch.is_tensor(balance) or not torch.allclose(plain, hidden, rtol=1e-4, atol=1e-5):
+        raise ModelError(
+            f"the load-balancing loss of {type(model).__name__} cannot be had from its forward; set "
+            "student.router_loss: 0 to train without it"
+        )
