@@ -316,10 +316,11 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 def _data(config: Config, counts: dict[str, Any]) -> str:
     if not counts:
         return ""
+    names = ", ".join(_code(public_name(path)) for part in config.data.parts for path in part.paths)
     text = (
-        f"{counts['rows']:,} rows of {_code(public_name(config.data.path))}; {counts['bad_rows']:,} malformed rows "
-        f"were skipped, {counts['too_long']:,} samples longer than {config.data.max_length:,} tokens and "
-        f"{counts.get('unreadable', 0):,} that a model cannot read exactly were dropped. "
+        f"{counts['rows']:,} rows of {names}; {counts['bad_rows']:,} malformed rows "
+        f"were skipped, {counts['too_long']:,} samples longer than {config.data.max_length:,} tokens (or a teacher's "
+        f"context) and {counts.get('unreadable', 0):,} that a model cannot read exactly were dropped. "
         f"Trained on {counts['samples']:,} samples (one for each assistant turn), with the prompt cut in "
         f"{counts['cut']:,} of them."
     )
