@@ -43,7 +43,6 @@ def check_data(config: Config) -> Iterator[Finding]:
     yield from _as_read("data", parts)
     samples = [sample for part in parts for sample in part.items]
     counts = add_counts([part.counts for part in parts])
-    yield from _rendered(config, "data", samples)
     yield from _check_samples(config, "data", config.data, samples[:FIRST_SAMPLES], counts)
 
 
@@ -56,7 +55,6 @@ def check_preferences(config: Config) -> Iterator[Finding]:
         groups = [group for part in parts for group in part.items][:FIRST_SAMPLES]
         samples = [sample for group in groups for sample in group]
         counts = add_counts([part.counts for part in parts])
-        yield from _rendered(config, "preferences", samples)
         yield from _check_samples(config, "preferences", config.preferences, samples, counts)
 
 
@@ -76,13 +74,13 @@ def _as_read(where: str, parts: Sequence[Part[Any]]) -> Iterator[Finding]:
         yield Finding(where, text, fault=False, note=True)
 
 
-def _rendered(config: Config, where: str, samples: Sequence[Sample]) -> Iterator[Finding]:
-    """The first sample as each model reads it: the end of the prompt and the response, special tokens in them."""
+def _rendered(config: Config, where: str, sample: Sample) -> Iterator[Finding]:
+    """A sample as each model reads it: the end of the prompt and the response, special tokens in them."""
     from rayfuse.prepare.measure import renderers
 
-    with suppress(ModelError, TeacherError, DataError, AlignmentError):  # check_models and _check_samples say so
+    with suppress(DataError, AlignmentError):  # _check_samples says so
         for name, renderer in renderers(config.student, config.teachers).items():
-            rendered = renderer.render(samples[0])
+            rendered = renderer.render(sample)
             prompt, response = (renderer.tokenizer.decode(ids) for ids in (rendered.prompt_ids, rendered.response_ids))
             end = prompt if len(prompt) <= SHOWN else f"...{prompt[-SHOWN:]}"
             if len(response) > SHOWN:
@@ -127,6 +125,9 @@ def _check_samples(
         sizes = measure(config.student, config.teachers, samples)
     except (ModelError, TeacherError):  # check_models says so
         return
+    shown = next((sample for sample, size in zip(samples, sizes, strict=True) if fits(size, data)), samples[0])
+    if shown.response:
+        yield from _rendered(config, where, shown)
     too_long = [size.too_long_for(data) for size in sizes]
     faults = [
         f"{_short(sample)}: {size.fault}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from fsspec.core import url_to_fs
 
 from rayfuse.config.data import Source
 from rayfuse.errors import DataError
+
+log = logging.getLogger(__name__)
 
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 LINES = (".jsonl", ".ndjson")
@@ -179,10 +182,10 @@ def _read_json(path: str) -> Iterator[Located]:
             value = next(iter(lists.values()))
         else:
             raise DataError(
-                f"cannot read the data set {path}: it is an object with {sorted(value)[:8]}, and no list of rows"
+                f"cannot read the data set {path}: it is an object with {sorted(value)[:8]}, and no single list of rows"
             )
     if not isinstance(value, list):
-        raise DataError(f"cannot read the data set {path}: it is {type(value).__name__}, and no list of rows")
+        raise DataError(f"cannot read the data set {path}: it is {type(value).__name__}, and no single list of rows")
     for number, row in enumerate(value):
         yield f"{path}, row {number}", row
 
@@ -286,7 +289,11 @@ def _files_of_split(path: str, fs: Any, inner: str, split: str) -> list[str]:
         raise DataError(
             f"cannot read the data set {path}: the folder has no split {split!r} (it has {sorted(map(str, splits))})"
         )
-    return [str(name) for name in splits[split] if kind_of(str(name))[0] in KINDS]
+    names = list(map(str, splits[split]))
+    left_out = [name.rsplit("/", 1)[-1] for name in names if kind_of(name)[0] not in KINDS]
+    if left_out:
+        log.warning("%s: %d files are of no kind that is read: %s", path, len(left_out), ", ".join(left_out[:8]))
+    return [name for name in names if kind_of(name)[0] in KINDS]
 
 
 def _describes_itself(fs: Any, inner: str) -> bool:

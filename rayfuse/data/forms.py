@@ -45,6 +45,9 @@ TOOLS = ("tools", "functions")
 HISTORY = "history"
 SKILL = "skill"
 
+MAIN = ("messages", "prompt", "response", "chosen", "rejected")
+"""Columns that every row must have where `columns` names them; the others may be missing in some rows."""
+
 NOT_READ = {
     "image": "an image",
     "images": "images",
@@ -175,11 +178,11 @@ def open_row(row: Any, columns: Mapping[str, str] | None = None) -> Row:
     held = {str(name): value for name, value in row.items()}
     names = sorted(held)
     columns = columns or {}
-    for ours, theirs in columns.items():
-        if theirs not in held:
-            raise DataError(f"columns.{ours} is {theirs!r}, which the row does not have; it has {names}")
-    renamed = {ours: held[theirs] for ours, theirs in columns.items()}
-    taken = {*columns.values(), *renamed}
+    for ours in MAIN:
+        if ours in columns and columns[ours] not in held:
+            raise DataError(f"columns.{ours} is {columns[ours]!r}, which the row does not have; it has {names}")
+    renamed = {ours: held[theirs] for ours, theirs in columns.items() if theirs in held}
+    taken = {*columns.values(), *columns}
     held = renamed | {name: value for name, value in held.items() if name not in taken}
     for name, what in NOT_READ.items():
         if held.get(name) not in (None, "", [], {}):

@@ -111,11 +111,13 @@ def _read_part(source: Source, first: int | None, parse: Parser[Parsed], *, on_b
     unread: Counter[str] = Counter()
     rows = bad = calling = context = 0
     first_bad = ""
+    unseen = set(source.columns.values())
     for place, row in read_source(source.model_copy(update={"limit": limit})):
         rows += 1
         try:
             if isinstance(row, DataError):
                 raise row
+            unseen -= row.keys() if isinstance(row, Mapping) else set()
             parsed = parse(row, source.columns)
         except DataError as error:
             fault = f"{place}: {error}"
@@ -131,6 +133,8 @@ def _read_part(source: Source, first: int | None, parse: Parser[Parsed], *, on_b
         unread.update(parsed.unread)
         calling += parsed.calling_turns
         context += parsed.context_turns
+    if unseen and rows > bad:
+        raise DataError(f"no row of the data set {source.label} has the columns {sorted(unseen)} that `columns` names")
     counts = DataCounts(
         rows=rows,
         bad_rows=bad,

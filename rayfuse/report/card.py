@@ -324,6 +324,11 @@ def _data(config: Config, counts: dict[str, Any]) -> str:
         f"Trained on {counts['samples']:,} samples (one for each assistant turn), with the prompt cut in "
         f"{counts['cut']:,} of them."
     )
+    calling, context = counts.get("calling_turns", 0), counts.get("context_turns", 0)
+    if calling or context:
+        text += (
+            f" Read as context and not learned: {calling:,} turns that call tools, {context:,} that the data mark so."
+        )
     return f"## Training data\n\n{text}"
 
 

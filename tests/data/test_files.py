@@ -148,13 +148,15 @@ def several(folder):
         (folder / name).write_text(table([row]) if name.endswith("csv") else lines([row]))
 
 
-def test_globs_lists_and_folders_are_read_in_order(tmp_path, monkeypatch):
+def test_globs_lists_and_folders_are_read_in_order(tmp_path, monkeypatch, caplog):
     several(tmp_path)
     (tmp_path / "notes.md").write_text("nothing")
     assert responses(tmp_path / "*.jsonl") == ["1", "2"]
     assert responses(tmp_path / "[bc].*") == ["2", "3"]
     assert responses(tmp_path / "c.csv", tmp_path / "*.jsonl") == ["3", "1", "2"]
+    caplog.clear()
     assert responses(tmp_path) == ["1", "2", "3"]
+    assert "1 files are of no kind that is read: notes.md" in caplog.text
     assert responses(f"file://{tmp_path}/*.jsonl") == ["1", "2"]
     assert responses(tmp_path / "*.jsonl", limit=1) == ["1"]
     monkeypatch.chdir(tmp_path)
@@ -197,8 +199,8 @@ def test_urls_of_other_file_systems():
         ("rows.parquet.gz", "a .parquet.gz file is not read"),
         ("rows", "a file without a suffix is not read"),
         ("texts", "the folder has no data files (its files are: .txt); use"),
-        ("object.json", "it is an object with ['a'], and no list of rows"),
-        ("number.json", "it is int, and no list of rows"),
+        ("object.json", "it is an object with ['a'], and no single list of rows"),
+        ("number.json", "it is int, and no single list of rows"),
         ("broken.json", "Expecting"),
         ("not packed.jsonl.gz", "Not a gzipped file"),
         ("broken.parquet", "smaller than the minimum file footer"),
@@ -236,5 +238,11 @@ def test_several_data_sets_each_with_its_columns_and_limit(tmp_path):
     assert (counts.rows, counts.forms) == (3, {"'prompt' + 'response'": 3})
     limited = data.model_copy(update={"limit": 1})
     assert [sample.response for sample in read_samples(limited)[0]] == ["4", "1"]
+    unknown = {"path": f"{tmp_path}/a.jsonl", "columns": {"system": "persona"}}
+    with pytest.raises(DataError, match=r"no row of the data set .*a.jsonl has the columns \['persona'\] that"):
+        read_samples(Data.model_validate(unknown))
+    (tmp_path / "e.jsonl").write_text(lines([{"prompt": "?", "response": "6", "persona": "a"}, ROWS[0]]))
+    samples, _ = read_samples(Data.model_validate({**unknown, "path": f"{tmp_path}/e.jsonl"}))
+    assert [[message.role for message in sample.messages] for sample in samples] == [["system", "user"], ["user"]]
     with pytest.raises(DataError, match=r"d.jsonl:1: a row needs"):
         read_samples(Data.model_validate([f"{tmp_path}/a.jsonl", f"{tmp_path}/d.jsonl"]))
