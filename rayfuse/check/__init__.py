@@ -26,7 +26,7 @@ def check_config(config: Config, console: Console) -> list[Finding]:
     config = _impatient(config.absolute())
     findings = list(chain.from_iterable(_guarded(config, *item) for item in CHECKS.items()))
     for finding in findings:
-        mark = "[bold red]fault [/]" if finding.fault else "[yellow]remark[/]"
+        mark = "[bold red]fault [/]" if finding.fault else "[cyan]read  [/]" if finding.note else "[yellow]remark[/]"
         console.print(f"{mark} [bold]{finding.where}[/]: ", end="")
         console.print(finding.text, markup=False, highlight=False, soft_wrap=True)
     faults = [finding for finding in findings if finding.fault]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rayfuse.check.finding import Finding
 from rayfuse.config import Config, Data, RewardModel, UnitTests
-from rayfuse.data.rows import read_preferences, read_samples
-from rayfuse.data.sample import DataCounts, Sample
-from rayfuse.errors import DataError, ModelError, TeacherError
+from rayfuse.data.rows import Part, compared_parser, parse_samples, read_parts, read_samples
+from rayfuse.data.sample import DataCounts, Sample, add_counts
+from rayfuse.errors import AlignmentError, DataError, ModelError, TeacherError
 from rayfuse.models.loading import (
     load_model_config,
     load_tokenizer,
@@ -17,7 +19,6 @@ from rayfuse.models.loading import (
 
 if TYPE_CHECKING:
     from rayfuse.prepare.measure import Size
-from rayfuse.check.finding import Finding
 
 FIRST_ROWS = 10_000
 """Rows of the data that a check reads."""
@@ -27,15 +28,21 @@ FIRST_SAMPLES = 50
 """Samples of them that every model renders."""
 
 
+SHOWN = 90
+"""Characters of a rendered prompt's end, and of a response, that a check shows."""
+
+
 def fits(size: Size, data: Data) -> bool:
-    return not (
-        size.fault or size.response >= data.max_length or (size.total > data.max_length and data.too_long == "drop")
-    )
+    """Whether a run keeps a sample of this size."""
+    return not size.fault and not size.too_long_for(data)
 
 
 def check_data(config: Config) -> Iterator[Finding]:
     """The rows can be read, and every model reads the first samples, as the run itself will."""
-    samples, counts = read_samples(config.data, first=FIRST_ROWS)
+    parts = read_parts(config.data, FIRST_ROWS, parse_samples)
+    yield from _as_read("data", parts)
+    samples = [sample for part in parts for sample in part.items]
+    counts = add_counts([part.counts for part in parts])
     yield from _check_samples(config, "data", config.data, samples[:FIRST_SAMPLES], counts)
 
 
@@ -43,9 +50,42 @@ def check_preferences(config: Config) -> Iterator[Finding]:
     """The same for the preference pairs, where a stage learns from them."""
     for sides in sorted({stage.sides for stage in config.stages if stage.sides}):
         assert config.preferences is not None
-        compared, counts = read_preferences(config.preferences, sides, first=FIRST_ROWS)
-        samples = [sample for group in compared[:FIRST_SAMPLES] for sample in group]
+        parts = read_parts(config.preferences, FIRST_ROWS, compared_parser(sides))
+        yield from _as_read("preferences", parts)
+        groups = [group for part in parts for group in part.items][:FIRST_SAMPLES]
+        samples = [sample for group in groups for sample in group]
+        counts = add_counts([part.counts for part in parts])
         yield from _check_samples(config, "preferences", config.preferences, samples, counts)
+
+
+def _as_read(where: str, parts: Sequence[Part[Any]]) -> Iterator[Finding]:
+    """The form in which each data set was read, and what of it is not."""
+    for part in parts:
+        counts = part.counts
+        forms = ", ".join(f"{count:,} as {form}" for form, count in counts.forms.items())
+        weight = f", weight {part.source.weight:g}" if part.source.weight != 1 else ""
+        unread = ", ".join(sorted(counts.unread)[:12]) + (" ..." if len(counts.unread) > 12 else "")
+        text = f"{part.source.label}{weight}: rows read: {forms}"
+        text += f"; not read: {unread}" if unread else ""
+        text += f"; {counts.calling_turns:,} turns that call tools are context, not learned" * bool(
+            counts.calling_turns
+        )
+        text += f"; {counts.context_turns:,} turns are marked as context, not learned" * bool(counts.context_turns)
+        yield Finding(where, text, fault=False, note=True)
+
+
+def _rendered(config: Config, where: str, sample: Sample) -> Iterator[Finding]:
+    """A sample as each model reads it: the end of the prompt and the response, special tokens in them."""
+    from rayfuse.prepare.measure import renderers
+
+    with suppress(DataError, AlignmentError):  # _check_samples says so
+        for name, renderer in renderers(config.student, config.teachers).items():
+            rendered = renderer.render(sample)
+            prompt, response = (renderer.tokenizer.decode(ids) for ids in (rendered.prompt_ids, rendered.response_ids))
+            end = prompt if len(prompt) <= SHOWN else f"...{prompt[-SHOWN:]}"
+            if len(response) > SHOWN:
+                response = f"{response[: SHOWN // 2]} ... {response[-SHOWN // 2 :]}"
+            yield Finding(f"{where} ({name})", f"{end!r} => {response!r}", fault=False, note=True)
 
 
 def check_prefer(config: Config) -> Iterator[Finding]:
@@ -58,6 +98,8 @@ def check_prefer(config: Config) -> Iterator[Finding]:
     where, data = ("prefer.prompts", settings.prompts) if settings.prompts else ("data", config.data)
     prompts, counts = read_prompts(data, settings.judge.needs if settings.judge else "", first=FIRST_ROWS)
     if settings.prompts:
+        forms = ", ".join(f"{count:,} as {form}" for form, count in counts.forms.items())
+        yield Finding(where, f"{data.label}: rows read: {forms}", fault=False, note=True)
         yield from _check_samples(config, where, data, [prompt.sample for prompt in prompts[:FIRST_SAMPLES]], counts)
     if isinstance(settings.judge, RewardModel):
         load_tokenizer(settings.judge)
@@ -73,7 +115,7 @@ def check_prefer(config: Config) -> Iterator[Finding]:
 def _check_samples(
     config: Config, where: str, data: Data, samples: list[Sample], counts: DataCounts
 ) -> Iterator[Finding]:
-    from rayfuse.prepare.measure import measure
+    from rayfuse.prepare.measure import STUDENT, measure
 
     if counts.bad_rows:
         yield Finding(
@@ -83,29 +125,43 @@ def _check_samples(
         sizes = measure(config.student, config.teachers, samples)
     except (ModelError, TeacherError):  # check_models says so
         return
-    faults = [f"{_short(sample)}: {size.fault}" for sample, size in zip(samples, sizes, strict=True) if size.fault]
+    shown = next((sample for sample, size in zip(samples, sizes, strict=True) if fits(size, data)), samples[0])
+    if shown.response:
+        yield from _rendered(config, where, shown)
+    too_long = [size.too_long_for(data) for size in sizes]
+    faults = [
+        f"{_short(sample)}: {size.fault}"
+        for sample, size, model in zip(samples, sizes, too_long, strict=True)
+        if size.fault and not model
+    ]
     if faults:
         yield Finding(
             where,
             f"{len(faults)} of the first {len(samples)} samples cannot be read by every model, the first: {faults[0]}",
             fault=data.on_bad_row == "error" or len(faults) == len(samples),
         )
-    limit = data.max_length
-    sizes = [size for size in sizes if not size.fault]
-    long = [size for size in sizes if not fits(size, data)]
-    if long:
-        every = len(long) == len(sizes)
+    every = all(too_long)
+    for model, count in Counter(filter(None, too_long)).items():
+        many = "all" if count == len(sizes) else str(count)
         advice = f"; raise it, or set {where}.too_long: cut" if every and data.too_long == "drop" else ""
-        yield Finding(
-            f"{where}.max_length",
-            f"{'all' if every else len(long)} of the first {len(sizes)} samples are longer than {limit} student tokens"
-            f" (the longest has {max(size.total for size in long)}){advice}",
-            fault=every,
-        )
+        if model == STUDENT:
+            limit, key = (
+                f"{data.max_length} student tokens (the longest has {max(z.total for z in sizes)})",
+                "max_length",
+            )
+        else:
+            limit, key, advice = f"the context of {model}", "too_long", advice.replace("raise it, or ", "")
+        text = f"{many} of the first {len(sizes)} samples are longer than {limit}{advice}"
+        yield Finding(f"{where}.{key}", text, fault=every)
 
 
 def _short(sample: Sample) -> str:
     return f"sample {sample.key[:12]} ({sample.response!r:.40})"
+
+
+def _why(size: Size) -> str:
+    """Why an evaluated model cannot read an item; empty where all can. Prompts may be cut; no item is dropped."""
+    return size.fault or (f"the response is longer than the context of {size.never}" if size.never else "")
 
 
 def check_evaluation(config: Config) -> Iterator[Finding]:
@@ -119,7 +175,9 @@ def check_evaluation(config: Config) -> Iterator[Finding]:
     first = items[:FIRST_SAMPLES]
     with suppress(ModelError, TeacherError):  # check_models says so
         sizes = measure(config.student, config.teachers if config.evaluate.teachers else (), first)
-        faults = [f"{_short(item)}: {size.fault}" for item, size in zip(first, sizes, strict=True) if size.fault]
+        faults = [
+            f"{_short(item)}: {reason}" for item, size in zip(first, sizes, strict=True) if (reason := _why(size))
+        ]
         if faults:
             yield Finding("evaluate.path", f"a model cannot read an item: {faults[0]}")
     keys = {item.key for item in items}

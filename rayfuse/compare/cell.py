@@ -171,7 +171,7 @@ def train_here(job: StageJob) -> Path:
 def _train_once(kept: Path, job: StageJob) -> Path:
     """One student of a pairwise stage; the stage's other merges find it there."""
     stage = job.stage.model_dump_json(exclude={"merge"})
-    made_of = [stage, job.spec.teachers[0].fingerprint, job.spec.k, job.config.data.path, job.config.seed, job.start]
+    made_of = [stage, job.spec.teachers[0].fingerprint, job.spec.k, job.config.data.label, job.config.seed, job.start]
     model = kept / hashlib.sha256(json.dumps(made_of).encode()).hexdigest() / "model"
     if not model.exists():
         trained = train_here(job)
@@ -184,7 +184,7 @@ def _source(config: Config, sides: tuple[str, ...]) -> UnitSource:
     """A data set cut into units: read once, then kept beside the data, whatever method learns from it."""
     data = config.preferences if sides else config.data
     assert data is not None
-    kept = Path(data.path).with_suffix(".triples.cut" if len(sides) > 2 else ".cut")
+    kept = Path(data.label).with_suffix(".triples.cut" if len(sides) > 2 else ".cut")
     if not kept.exists():
         source = load_source(config, sides, Console(quiet=True))
         units = [unit for block in ray.get(list(source.blocks)) for unit in block]

@@ -36,7 +36,7 @@ class Config(Section):
     teachers: tuple[Teacher, ...] = ()
     data: Data
     preferences: Data | None = Field(
-        None, description="rows of prompt, chosen and rejected, for the stages that learn from preferences"
+        None, description="rows of chosen and rejected (and prompt), for the stages that learn from preferences"
     )
     prefer: Prefer | None = Field(None, description="preference or training data to make with `rayfuse prefer`")
     stages: tuple[AnyStage, ...]
@@ -131,7 +131,7 @@ class Config(Section):
             return None
         if self.prefer.output is not None:
             return self.prefer.output
-        made = self.preferences.path if self.preferences is not None and self.prefer.write != "responses" else None
+        made = self.preferences.file if self.preferences is not None and self.prefer.write != "responses" else None
         return made if made is not None and "://" not in made and made.endswith(".jsonl") else None
 
     def absolute(self) -> Config:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-ROLES = ("system", "user", "assistant", "tool")
-
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles of a message. Where a model has no `developer`, it is shown as `system` (data.messages)."""
 
 PAIR = ("chosen", "rejected")
 """Keys of the two responses of a preference row."""
@@ -49,8 +51,11 @@ Turns = tuple[Message, ...]
 
 
 def canonical(value: Any) -> str:
-    """JSON of a value whose text depends on nothing but the value: it is hashed and compared."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    """JSON of a value whose text depends on nothing but the value: it is hashed and compared.
+
+    Keys keep their order: templates write tools and arguments in the order in which they are given.
+    """
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,9 @@ class Sample:
     tools: str = ""
 
     def __post_init__(self) -> None:
-        messages = (item if isinstance(item, Message) else Message(*item) for item in self.messages)
-        object.__setattr__(self, "messages", tuple(messages))
+        if type(self.messages) is not tuple or not set(map(type, self.messages)) <= {Message}:
+            messages = (item if isinstance(item, Message) else Message(*item) for item in self.messages)
+            object.__setattr__(self, "messages", tuple(messages))
 
     @cached_property
     def key(self) -> str:
@@ -94,6 +100,33 @@ class Sample:
         return "\n\n".join(message.text for message in self.messages)
 
 
+def conversation_samples(
+    messages: Turns, responses: Mapping[int, str], skill: str = "", tools: str = ""
+) -> list[Sample]:
+    """A sample per response, with the messages before it.
+
+    The keys are those of `Sample.key`, made of one hash that runs along the conversation: hashing all earlier messages
+    anew for every turn is quadratic (31 s for 3,500 responses of 90 characters, this way 0.3 s).
+
+    Args:
+        messages: of the whole conversation.
+        responses: by the index of the message that they take the place of.
+        skill, tools: of all samples.
+    """
+    samples = []
+    hashed = hashlib.sha256(b"[[")
+    rest = f",{canonical(tools)}]" if tools else "]"
+    for index, message in enumerate(messages):
+        if index in responses:
+            sample = Sample(messages[:index], responses[index], skill, tools)
+            whole = hashed.copy()
+            whole.update(f"],{canonical(sample.response)}{rest}".encode())
+            vars(sample)["key"] = whole.hexdigest()  # where cached_property keeps it
+            samples.append(sample)
+        hashed.update(f"{',' if index else ''}{canonical(message.identity())}".encode())
+    return samples
+
+
 Compared = tuple[Sample, ...]
 """Responses to one prompt, in the order of a stage's `sides`: the chosen and the rejected one."""
 
@@ -108,17 +141,65 @@ class DataCounts:
     Attributes:
         rows: rows read.
         bad_rows: malformed rows left out, and `first_bad` the first of them.
-        samples: samples that the run uses.
-        too_long: samples dropped for their length.
+        samples: samples that the run uses, each counted once.
+        drawn: samples of an epoch, where data sets have weights; else as `samples`.
+        too_long: samples dropped for their length, and `too_long_for` how many for which model: the first that they are
+            too long for, the student before the teachers.
         unreadable: samples dropped because a model cannot read them exactly, and `first_unreadable` the first of them.
-        cut: samples whose prompt is cut from the left.
+        cut: samples whose prompt is cut from the left for some model.
+        calling_turns: assistant turns that call tools: context of later turns, nothing to learn from.
+        context_turns: assistant turns that the data mark as context only (`weight: 0`, `train: false` ...).
+        forms: rows by the form in which they were read.
+        unread: rows by the column (or key of a message) that holds something which is not read.
     """
 
     rows: int = 0
     bad_rows: int = 0
     samples: int = 0
+    drawn: int = 0
     too_long: int = 0
     unreadable: int = 0
     cut: int = 0
+    calling_turns: int = 0
+    context_turns: int = 0
     first_bad: str = ""
     first_unreadable: str = ""
+    too_long_for: Mapping[str, int] = field(default_factory=dict)
+    forms: Mapping[str, int] = field(default_factory=dict)
+    unread: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def lost(self) -> str:
+        """What is left out, in words that follow the numbers of rows and samples; empty where nothing is."""
+        models = ", ".join(f"{count:,} for {model}" for model, count in self.too_long_for.items())
+        parts = (
+            (self.bad_rows, "malformed rows skipped"),
+            (self.too_long, f"too long, dropped ({models})"),
+            (self.unreadable, "unreadable for a model, dropped"),
+            (self.cut, "prompts cut"),
+            (self.calling_turns, "turns that call tools, read as context and not learned"),
+            (self.context_turns, "turns marked as context only, not learned"),
+        )
+        return "".join(f"; {count:,} {text}" for count, text in parts if count)
+
+
+def add_counts(parts: Sequence[DataCounts]) -> DataCounts:
+    """The counts of rows from several data sets."""
+
+    forms: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
+    for part in parts:
+        forms.update(part.forms)
+        unread.update(part.unread)
+
+    return DataCounts(
+        rows=sum(part.rows for part in parts),
+        bad_rows=sum(part.bad_rows for part in parts),
+        samples=sum(part.samples for part in parts),
+        drawn=sum(part.drawn for part in parts),
+        calling_turns=sum(part.calling_turns for part in parts),
+        context_turns=sum(part.context_turns for part in parts),
+        first_bad=next((part.first_bad for part in parts if part.first_bad), ""),
+        forms=dict(forms),
+        unread=dict(unread),
+    )

@@ -92,7 +92,7 @@ def read_items(benchmark: Benchmark) -> list[Sample]:
     Raises:
         DataError: they cannot be read, or one is malformed.
     """
-    samples, _ = read_samples(Data(path=benchmark.path, limit=benchmark.limit))
+    samples, _ = read_samples(Data(path=benchmark.path, limit=benchmark.limit, columns=benchmark.columns))
     return samples
 
 

@@ -29,7 +29,7 @@ def judged(
     stages: dict[Any, tuple[int, str]] = {}
     parts: dict[int, list[list[Response]]] = {}
     waiting = iter(range(len(units)))
-    models: Any = ray.put((config.student, config.teachers, data.max_length, list(sources)))
+    models: Any = ray.put((config.student, config.teachers, data, list(sources)))
 
     def begin() -> None:
         index = next(waiting, None)
@@ -102,13 +102,13 @@ def _give_scores(unit: Sequence[Prompt], responses: list[list[Response]], scores
         responses[index] = [replace(r, score=of_text[r.text]) if not r.fault else r for r in of_prompt]
 
 
-def respond(models: tuple[Model, tuple[Teacher, ...], int, list[Author]], unit: list[Prompt]) -> list[list[Response]]:
+def respond(models: tuple[Model, tuple[Teacher, ...], Data, list[Author]], unit: list[Prompt]) -> list[list[Response]]:
     """All sources' responses to each prompt of a unit, with what makes one unfit to learn from; a Ray task.
 
     A response is checked as a run will: student and teachers (the first two of `models`) must read it exactly, and it
-    must fit the longest length (the third) with its prompt.
+    must fit the longest length (of the third) and every teacher's context with its prompt.
     """
-    student, teachers, max_length, sources = models
+    student, teachers, data, sources = models
     answers = answers_of(sources, [prompt.sample for prompt in unit])
     responses = [
         [
@@ -123,7 +123,7 @@ def respond(models: tuple[Model, tuple[Teacher, ...], int, list[Author]], unit: 
         samples += [prompt.answered(text) for text in dict.fromkeys(r.text for r in of_prompt if r.text.strip())]
     faults = {}
     for sample, size in zip(samples, measure(student, teachers, samples), strict=True):
-        faults[sample.key] = "unreadable" if size.fault else "too long" if size.total > max_length else ""
+        faults[sample.key] = "too long" if size.is_cut(data) else "unreadable" if size.fault else ""
     return [
         [replace(r, fault=faults[prompt.answered(r.text).key] if r.text.strip() else "empty") for r in of_prompt]
         for prompt, of_prompt in zip(unit, responses, strict=True)

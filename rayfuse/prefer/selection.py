@@ -87,6 +87,8 @@ def _row(prefer: Prefer, prompt: Prompt, sides: dict[str, Response]) -> dict[str
         "prompt": messages[0].content if alone else prompt.sample.turns,
         **{side: response.text for side, response in sides.items()},
     }
+    if prompt.sample.tools:
+        row["tools"] = json.loads(prompt.sample.tools)
     if prompt.sample.skill:
         row["skill"] = prompt.sample.skill
     judged = prefer.judge is not None

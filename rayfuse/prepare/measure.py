@@ -9,7 +9,7 @@ from typing import NamedTuple
 import ray
 
 from rayfuse import cluster
-from rayfuse.config import Config, Model, Teacher
+from rayfuse.config import Config, Data, Model, Teacher
 from rayfuse.data.render import Renderer
 from rayfuse.data.sample import Sample
 from rayfuse.errors import AlignmentError, DataError
@@ -35,14 +35,36 @@ class Size(NamedTuple):
     """A sample as the models read it.
 
     Attributes:
-        total: student tokens of prompt, response and end-of-turn.
+        total: student tokens of prompt, response and end-of-turn; 0 where the student cannot read it.
         response: student tokens of response and end-of-turn.
         fault: why a model cannot read it exactly; empty where all can.
+        over: the first teacher whose context is shorter than prompt and response, empty where there is none.
+        never: the first teacher whose context is shorter than the response beside one token of prompt.
     """
 
     total: int
     response: int
     fault: str = ""
+    over: str = ""
+    never: str = ""
+
+    def too_long_for(self, data: Data) -> str:
+        """The model that the sample is too long for, as `data` says; empty where it fits.
+
+        The student reads at most `max_length` tokens, a teacher its context. With `too_long: cut` a prompt is cut to
+        fit, so only a response that leaves no room for a prompt is too long.
+        """
+        cut = data.too_long == "cut"
+        if self.response >= data.max_length or (self.total > data.max_length and not cut):
+            return STUDENT
+        return self.never if cut else self.over
+
+    def is_cut(self, data: Data) -> bool:
+        """Whether some model reads the sample with its prompt cut."""
+        return self.total > data.max_length or bool(self.over)
+
+
+STUDENT = "the student"
 
 
 def measure(student: Model, teachers: Sequence[Teacher], samples: Sequence[Sample]) -> list[Size]:
@@ -54,22 +76,50 @@ def measure(student: Model, teachers: Sequence[Teacher], samples: Sequence[Sampl
     return [_size(renderer, readers, sample) for sample in samples]
 
 
+def renderers(student: Model, teachers: Sequence[Teacher]) -> dict[str, Renderer]:
+    """What renders for each model that reads samples itself, by its name; the student is first, as "student"."""
+    renderer, readers = _readers(student, tuple(teachers))
+    return {"student": renderer, **{reader.name: reader.renderer for reader in readers}}
+
+
+class _Reader(NamedTuple):
+    """A teacher's rendering, and how many tokens it reads; None where nobody tells."""
+
+    name: str
+    renderer: Renderer
+    context: int | None
+
+
 @lru_cache(maxsize=4)
-def _readers(student: Model, teachers: tuple[Teacher, ...]) -> tuple[Renderer, list[tuple[Renderer, int | None]]]:
+def _readers(student: Model, teachers: tuple[Teacher, ...]) -> tuple[Renderer, list[_Reader]]:
     """One set of tokenizers per process: Ray reuses the processes of tasks."""
     readers = [
-        (Renderer(load_tokenizer(teacher)), teacher_context(teacher))
+        _Reader(str(teacher.name), Renderer(load_tokenizer(teacher)), teacher_context(teacher))
         for teacher in teachers
         if teacher.stored is None or teacher.tokenizer is not None
     ]
     return Renderer(load_tokenizer(student)), readers
 
 
-def _size(student: Renderer, teachers: Sequence[tuple[Renderer, int | None]], sample: Sample) -> Size:
+def _size(student: Renderer, teachers: Sequence[_Reader], sample: Sample) -> Size:
+    """The size of one sample. All models are asked: what is too long for one is left out, whatever another says."""
+    total = response = 0
+    faults: list[str] = []
+    over: list[str] = []
+    never: list[str] = []
     try:
         rendered = student.render(sample)
-        for teacher, context in teachers:
-            teacher.render(sample, context)
+        total, response = rendered.length, len(rendered.response_ids)
     except (DataError, AlignmentError) as error:
-        return Size(0, 0, str(error))
-    return Size(rendered.length, len(rendered.response_ids))
+        faults.append(str(error))
+    for name, renderer, context in teachers:
+        try:
+            rendered = renderer.render(sample)
+        except (DataError, AlignmentError) as error:
+            faults.append(str(error))
+            continue
+        if context is not None and rendered.length > context:
+            over.append(name)
+            if len(rendered.response_ids) >= context:
+                never.append(name)
+    return Size(total, response, *(next(iter(names), "") for names in (faults, over, never)))

@@ -325,13 +325,19 @@ def _weights(saved: dict[str, Any] | None) -> str:
 def _data(config: Config, counts: dict[str, Any]) -> str:
     if not counts:
         return ""
+    names = ", ".join(_code(public_name(path)) for part in config.data.parts for path in part.paths)
     text = (
-        f"{counts['rows']:,} rows of {_code(public_name(config.data.path))}; {counts['bad_rows']:,} malformed rows "
-        f"were skipped, {counts['too_long']:,} samples longer than {config.data.max_length:,} tokens and "
-        f"{counts.get('unreadable', 0):,} that a model cannot read exactly were dropped. "
+        f"{counts['rows']:,} rows of {names}; {counts['bad_rows']:,} malformed rows "
+        f"were skipped, {counts['too_long']:,} samples longer than {config.data.max_length:,} tokens (or a teacher's "
+        f"context) and {counts.get('unreadable', 0):,} that a model cannot read exactly were dropped. "
         f"Trained on {counts['samples']:,} samples (one for each assistant turn), with the prompt cut in "
         f"{counts['cut']:,} of them."
     )
+    calling, context = counts.get("calling_turns", 0), counts.get("context_turns", 0)
+    if calling or context:
+        text += (
+            f" Read as context and not learned: {calling:,} turns that call tools, {context:,} that the data mark so."
+        )
     return f"## Training data\n\n{text}"
 
 

@@ -45,13 +45,9 @@ def needed_sides(config: Config) -> list[tuple[str, ...]]:
 def load_source(config: Config, sides: tuple[str, ...], console: Console) -> UnitSource:
     """Read `data` or `preferences`, and say what became of the rows."""
     units, counts = load_units(config, sides)
-    console.print(
-        f"{counts.rows:,} rows, {counts.samples:,} {KINDS[len(sides)][1]} in {len(units.sizes):,} units"
-        + (f"; {counts.bad_rows} malformed rows skipped" if counts.bad_rows else "")
-        + (f"; {counts.too_long} too long, dropped" if counts.too_long else "")
-        + (f"; {counts.unreadable} unreadable for a model, dropped" if counts.unreadable else "")
-        + (f"; {counts.cut} prompts cut" if counts.cut else "")
-    )
+    drawn = f" ({counts.drawn:,} an epoch, by weight)" if counts.drawn != counts.samples else ""
+    kind = KINDS[len(sides)][1]
+    console.print(f"{counts.rows:,} rows, {counts.samples:,} {kind}{drawn} in {len(units.sizes):,} units{counts.lost}")
     keys = [[sample.key for sample in unit] for unit in units.samples]
     content = hashlib.sha256(json.dumps(keys).encode()).hexdigest()
     blocks = [ray.put(units.samples[start : start + BLOCK]) for start in range(0, len(keys), BLOCK)]

@@ -63,7 +63,7 @@ def test_a_good_run_has_no_fault_and_leaves_nothing_behind(world):
     before = everything_below(world.folder) + everything_below(world.tiny.root)
     faults, printed = findings(path, f"output={deep}")
     assert faults == []
-    assert [line.split()[0] for line in printed.splitlines()] == ["remark", "ok"]
+    assert [line.split()[0] for line in printed.splitlines()] == ["read", "read", "read", "read", "remark", "ok"]
     assert "evaluate.path: 24 of the first 120 training samples are also evaluation items" in printed
     assert "nothing stands in the way of this run" in printed
     assert everything_below(world.folder) + everything_below(world.tiny.root) == before
@@ -408,7 +408,7 @@ def rows(world, *lines):
 BAD_ROWS = {
     "no JSON": ("{prompt: a}", "not valid JSON in UTF-8"),
     "no object": (["a"], "a row must be an object with keys, not list"),
-    "missing columns": ({"question": "a", "answer": "b"}, r"a row needs .*; it has \['answer', 'question'\]"),
+    "missing columns": ({"ask": "a", "say": "b"}, r"a row needs .*; it has \['ask', 'say'\]"),
     "empty response": ({"prompt": "a", "response": ""}, "'response' is empty"),
     "response is no text": ({"prompt": "a", "response": 4}, "'response' must be text, not int"),
     "prompt is no text": ({"prompt": 4, "response": "a"}, "'prompt' must be a non-empty list of messages, not 4"),
@@ -489,12 +489,58 @@ def test_a_template_that_refuses_the_roles_of_the_data(world, who):
     assert "remark data: 1 of the first 3 samples cannot be read by every model" in printed
 
 
-def test_a_response_longer_than_a_teachers_context(world):
+@pytest.mark.parametrize("too_long", ["drop", "cut"])
+def test_a_response_longer_than_a_teachers_context_is_left_out_and_counted(world, too_long):
     folder = copy_of(world, "math")
     edit_json(folder / "config.json", max_position_embeddings=16)
     path = rows(world, {"prompt": "a", "response": "1 " * 40})
-    faults, _ = findings(world(), f"data.path={path}", f"teachers.0.model={folder}")
-    only(faults, "data", rf"1 of the first 3 .*the response has \d+ tokens under {folder}, more than max_length 16")
+    faults, printed = findings(
+        world(), f"data.path={path}", f"teachers.0.model={folder}", f"data.too_long={too_long}", "evaluate=null"
+    )
+    assert faults == []
+    assert "remark data.too_long: 1 of the first 3 samples are longer than the context of broken-math" in printed
+
+
+# --- what is read ------------------------------
+
+
+def test_the_form_of_each_data_set_is_shown_and_a_sample_as_each_model_reads_it(world):
+    one = world.folder / "one.csv"
+    one.write_text("question,answer,source\nTwo and two?,4,x\n")
+    call = {"name": "add", "arguments": {"a": 2}}
+    chat = [
+        {"role": "user", "content": "a", "id": 1},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "assistant", "content": "b", "weight": 0},
+        {"role": "assistant", "content": "c"},
+    ]
+    two = rows(world, {"messages": chat})
+    sources = [str(one), {"path": str(two), "weight": 2}]
+    path = world(data={"sources": sources, "max_length": 200})
+    faults, printed = findings(path)
+    assert not [fault for fault in faults if not fault.startswith("data: ")]
+    assert f"read   data: {one}: rows read: 1 as 'question' + 'answer'; not read: source\n" in printed
+    assert (
+        f"read   data: {two}, weight 2: rows read: 2 as 'prompt' + 'response', 1 as messages (role, content) in "
+        "'messages'; not read: id (of messages); 1 turns that call tools are context, not learned; 1 turns are marked "
+        "as context, not learned\n"
+    ) in printed
+    shown = [line for line in printed.splitlines() if " => " in line]
+    assert [line.split("(")[1].split(")")[0] for line in shown] == ["student", "math", "code"]
+    for line, end in zip(shown, ("<|over|>", "<|end|>", "<|im_end|>"), strict=True):
+        assert "Two and two?" in line
+        assert line.endswith(f"=> '4{end}'")
+
+
+def test_the_pairs_that_are_read_are_shown(world):
+    pair = [[{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": answer}] for answer in "45"]
+    path = world.folder / "pairs.jsonl"
+    path.write_text(json.dumps({"chosen": pair[0], "rejected": pair[1], "score_chosen": 9}))
+    preferences = {"path": str(path), "max_length": 200}
+    stage = {"method": "dpo", "steps": 1, "batch_size": 8}
+    faults, printed = findings(world(preferences=preferences, stages=[stage]))
+    assert faults == []
+    assert f"read   preferences: {path}: rows read: 1 as 'chosen' and 'rejected'; not read: score_chosen\n" in printed
 
 
 # --- faults of the evaluation ------------------------------
@@ -517,5 +563,5 @@ def test_an_evaluation_item_that_a_model_cannot_read(world):
     path.write_text(json.dumps({"prompt": "a", "response": "1 " * 400}))
     overrides = (f"evaluate={path}", f"teachers.0.model={folder}")
     faults, _ = findings(world(), *overrides)
-    only(faults, r"evaluate\.path", r"a model cannot read an item: sample .*: the response has \d+ tokens under")
+    only(faults, r"evaluate\.path", r"a model cannot read an item: sample .*: the response is longer than .* broken-m")
     assert findings(world(), *overrides, "evaluate.teachers=false")[0] == []

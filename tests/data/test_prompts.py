@@ -33,6 +33,35 @@ def test_rows_of_every_form():
     assert [p[1] for p in of({"messages": [USER, ANSWER, MORE, {**ANSWER, "content": "7"}]})] == ["4", "7"]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2 + 2?", "answer": "4"},
+        {"prompt": [USER], "ground_truth": "4"},
+        {"prompt": [USER], "reward_model": {"style": "rule", "ground_truth": "4"}, "data_source": "sums"},
+        {"prompt": [USER], "reward_model": '{"ground_truth": "4"}'},
+        {"question": "2 + 2?", "answer": "4"},
+        {"problem": "2 + 2?", "solution": "4"},
+        {"problem": "2 + 2?", "solution": "2 and 2 are 4", "answer": "4"},
+        {"instruction": "2 + 2?", "input": "", "output": "long", "answer": "4"},
+        {"prompt": "2 + 2?", "completion": "4"},
+        {"prompt": "2 + 2?", "response": "", "ground_truth": "4"},
+        {"prompt": [USER], "response": [ANSWER]},
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+    ],
+)
+def test_prompts_with_their_answer_in_the_forms_of_reinforcement_learning_and_others(row):
+    assert of(row, "answer") == [([("user", "2 + 2?")], "4", ())]
+
+
+def test_prompts_by_other_names_with_tools_and_a_system_message():
+    row = {"q": "2 + 2?", "gold": "4", "system": "Be short.", "tools": [{"name": "add"}]}
+    (prompt,) = prompts_of_row(row, "answer", {"prompt": "q", "answer": "gold"})
+    assert [(m.role, m.content) for m in prompt.sample.messages] == [("system", "Be short."), ("user", "2 + 2?")]
+    assert prompt.answer == "4"
+    assert json.loads(prompt.sample.tools) == [{"type": "function", "function": {"name": "add"}}]
+
+
 def test_the_key_names_the_prompt_alone():
     (one,), (other,) = prompts_of_row({"prompt": "a", "answer": "1"}), prompts_of_row({"prompt": "a", "answer": "2"})
     assert one.sample.key == other.sample.key
@@ -43,6 +72,8 @@ def test_the_key_names_the_prompt_alone():
     ("row", "needs", "message"),
     [
         ([], "", "must be an object with keys, not list"),
+        ({"question": "a", "problem": "b"}, "", "the row has several prompts: question, problem; say which"),
+        ({"prompt": "a", "answer": "1", "ground_truth": "2"}, "", "'answer' and 'ground_truth' both hold the answer"),
         ({"text": "a"}, "", r"needs 'prompt' or 'messages'; it has \['text'\]"),
         ({"prompt": 5}, "", "'prompt' must be a non-empty list of messages, not 5"),
         ({"messages": [{"role": "user"}]}, "", r"messages\[0\]: content must be text"),

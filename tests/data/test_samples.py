@@ -109,8 +109,7 @@ def test_a_prompt_may_be_a_list_of_messages():
     assert samples_of_row(row) == SAMPLES[:1]
 
 
-def test_messages_come_before_prompt_and_response_but_null_messages_do_not():
-    assert samples_of_row({"messages": CHAT[1:3], "prompt": "x", "response": "y"}) == SAMPLES[2:]
+def test_null_messages_are_no_form():
     assert samples_of_row({"messages": None, "prompt": "x", "response": "y"}) == [Sample((("user", "x"),), "y")]
 
 
@@ -139,8 +138,8 @@ MALFORMED = {
     "a list": ('["a", "b"]', "a row must be an object with keys, not list"),
     "a number": ("3", "a row must be an object with keys, not int"),
     "other columns": (
-        '{"question": "a", "answer": "b"}',
-        r"a row needs 'messages', or 'prompt' and 'response'; it has \['answer', 'question'\]",
+        '{"ask": "a", "say": "b"}',
+        r"a row needs 'messages', or 'prompt' and 'response'; it has \['ask', 'say'\]. Forms that are read: .*columns",
     ),
     "no response": ('{"prompt": "a"}', r"needs 'messages', or 'prompt' and 'response'; it has \['prompt'\]"),
     "empty response": ('{"prompt": "a", "response": ""}', "'response' is empty"),
@@ -155,7 +154,7 @@ MALFORMED = {
         r'{"prompt": "a", "response": "ab\ud83d"}',
         r"'response' is not valid Unicode \(half a surrogate pair at character 2\)",
     ),
-    "half a surrogate pair in the prompt": (r'{"prompt": "\udc00", "response": "a"}', "prompt is not valid Unicode"),
+    "half a surrogate pair in the prompt": (r'{"prompt": "\udc00", "response": "a"}', "'prompt' is not valid Unicode"),
     "half a surrogate pair in the skill": (
         r'{"prompt": "a", "response": "b", "skill": "\ud83d"}',
         "'skill' is not valid Unicode",
@@ -169,21 +168,21 @@ MALFORMED = {
     ),
     "unknown role": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}',
-        r"messages\[1\]: role 'bot' is none of system, user, assistant, tool",
+        r"messages\[1\]: role 'bot' is none of system, developer, user, assistant, tool",
     ),
-    "no role": ('{"messages": [{"from": "human", "value": "a"}]}', r"messages\[0\]: role None is none of"),
+    "no role": ('{"messages": [{"content": "a"}]}', r"messages\[0\]: role None is none of"),
     "a list as role": ('{"messages": [{"role": ["user"], "content": "a"}]}', r"messages\[0\]: role \['user'\] is none"),
-    "content in parts": (
-        '{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}',
-        r"messages\[0\]: content must be text, not list",
+    "a number as content": (
+        '{"messages": [{"role": "user", "content": 4}]}',
+        r"messages\[0\]: content must be text, not int",
     ),
-    "tool call without content": (
+    "no content and no call": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": null}]}',
         r"messages\[1\]: content must be text, not NoneType",
     ),
     "half a surrogate pair in a message": (
         r'{"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}]}',
-        r"messages\[0\] is not valid Unicode",
+        r"messages\[0\]: content is not valid Unicode",
     ),
     "no assistant turn": ('{"messages": [{"role": "user", "content": "a"}]}', "'messages' has no assistant turn"),
     "empty assistant turn": (
@@ -226,11 +225,11 @@ def test_an_empty_file_is_an_error(tmp_path):
     ("name", "reason"),
     [
         ("missing.jsonl", "No such file"),
-        ("missing.json", "FileNotFoundError"),
-        ("missing.parquet", "FileNotFoundError"),
-        ("missing folder", "FileNotFoundError"),
-        ("empty folder", "."),
-        ("folder.jsonl", "Is a directory"),
+        ("missing.json", "No such file"),
+        ("missing.parquet", "No such file"),
+        ("missing folder", "No such file or folder"),
+        ("empty folder", "the folder has no data files"),
+        ("folder.jsonl", "the folder has no data files"),
         ("text.parquet", "."),
         ("text.json", "."),
     ],
@@ -381,8 +380,16 @@ def test_preferences_are_the_named_responses_to_one_prompt(tmp_path):
 @pytest.mark.parametrize(
     ("row", "sides", "message"),
     [
-        ({"prompt": "a", "chosen": "b"}, PAIR, r"'prompt', 'chosen' and 'rejected'; it has \['chosen', 'prompt'\]"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, TRIPLE, r"'chosen', 'chosen_pivot' and 'rejected'; it has"),
+        (
+            {"prompt": "a", "chosen": "b"},
+            PAIR,
+            r"needs 'chosen' and 'rejected', and 'prompt'; it has \['chosen', 'prompt'\]",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            TRIPLE,
+            r"'chosen', 'chosen_pivot' and 'rejected', and 'prompt'; it has",
+        ),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, PAIR, r"'chosen' and 'rejected' are the same: 'b'"),
         (
             {"prompt": "a", "chosen": "b", "chosen_pivot": "c", "rejected": "c"},

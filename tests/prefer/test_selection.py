@@ -7,7 +7,7 @@ import pytest
 from rayfuse.config import Prefer
 from rayfuse.data.prompts import Prompt
 from rayfuse.data.rows import compared_of_row, samples_of_row
-from rayfuse.data.sample import Sample
+from rayfuse.data.sample import Sample, canonical
 from rayfuse.prefer.selection import Response, rows_of_prompt
 
 PROMPT = Prompt(Sample((("user", "2 + 2?"),), "", "sums"), "4")
@@ -109,3 +109,11 @@ def test_a_longer_conversation_stays_messages():
     ((row,), _) = rows_of_prompt(prefer(), prompt, RESPONSES)
     assert row["prompt"][0] == {"role": "system", "content": "Be short."}
     assert compared_of_row(row)[0].messages == prompt.sample.messages
+
+
+def test_the_tools_of_a_prompt_are_written_with_its_answers():
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    prompt = Prompt(Sample((("user", "2 + 2?"),), "", tools=canonical(tools)))
+    ((row,), _) = rows_of_prompt(prefer(), prompt, RESPONSES)
+    assert row["tools"] == tools
+    assert {sample.tools for sample in compared_of_row(row)} == {prompt.sample.tools}
