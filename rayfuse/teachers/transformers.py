@@ -20,7 +20,7 @@ from rayfuse.losses import teacher_topk
 from rayfuse.models.loading import context_length, load_causal_lm, load_tokenizer, vocabulary_size
 from rayfuse.models.output_layer import check_output_layer, output_layer
 from rayfuse.signals.topk import TopKSignals
-from rayfuse.teachers import Backend
+from rayfuse.teachers.backend import Backend
 from rayfuse.teachers.sampling import SeededSampling
 
 

@@ -20,7 +20,7 @@ from rayfuse.data.sample import Sample
 from rayfuse.errors import SignalError, TeacherError
 from rayfuse.models.loading import load_tokenizer, vocabulary_size
 from rayfuse.signals.topk import TopKSignals
-from rayfuse.teachers import Backend
+from rayfuse.teachers.backend import Backend
 from rayfuse.teachers.openai.completions import answer_limit, ask_text, read_answer
 from rayfuse.teachers.openai.connection import Connection
 from rayfuse.teachers.openai.probe import PROBE, ask_rows, compare_tokenizers, find_dialect, find_model

@@ -24,7 +24,7 @@ from rayfuse.data.sample import Sample
 from rayfuse.errors import DataError, DeadEngineError, ModelError, RayfuseError, TeacherError
 from rayfuse.models.loading import WEIGHT_FILES, load_model_config, load_tokenizer, vocabulary_size
 from rayfuse.signals.topk import TopKSignals
-from rayfuse.teachers import Backend
+from rayfuse.teachers.backend import Backend
 from rayfuse.teachers.identity import teacher_context
 from rayfuse.teachers.logprobs import signals_from_logprobs
 from rayfuse.teachers.sampling import prompt_seed
