@@ -1,4 +1,4 @@
-"""Teachers: one file or folder per backend, all with the same contract, and the Ray Serve deployment that hosts them."""
+"""Teachers: a file or folder per backend, all with the same contract, and the Ray Serve deployment that hosts them."""
 
 from __future__ import annotations
 
