@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -161,10 +162,11 @@ def test_disk_is_too_small(world, monkeypatch):
 
 
 def test_disk_need_counts_models_and_checkpoints(world, monkeypatch):
-    weights = (Path(world.tiny.model("pivot")) / "model.safetensors").stat().st_size
+    pivot = load_file(Path(world.tiny.model("pivot")) / "model.safetensors")
+    weights = 4 * sum(value.numel() for value in pivot.values())
     usage = namedtuple("usage", "total used free")
-    # Two stages: two models of each at all times; the second also three checkpoints of weights and two moments.
-    needed = weights * 2 + weights * (2 + 6 * 3)
+    # A model of each of two stages; the second has three checkpoints of weights and two moments, and the fused model.
+    needed = weights + weights * (1 + 3 * 3) + weights
     stages = "stages=[{method: sft, steps: 4}, {method: sft, steps: 400, save_every: 100, keep: 2}]"
     for free, expected in ((needed - 1, 1), (needed, 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free))
