@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -171,6 +172,7 @@ def test_two_runs_side_by_side_never_meet(tiny, tmp_path):
         for index in range(2)
     ]
     said = [run.communicate(timeout=400) for run in runs]
+    shutil.rmtree(place)
     for run, (_, complaints) in zip(runs, said, strict=True):
         assert run.returncode == 0, complaints
         assert "Connecting to existing Ray cluster" not in complaints

@@ -23,8 +23,8 @@ from measure import descendants, machine, processor_seconds
 from rayfuse.quickstart.skills import make
 from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, save
 
-OUTSIDE = "import, shut down"
-"""What is in no part of the run: before Ray starts and after the evaluation."""
+BEFORE, AFTER = "import, check", "report, shut down"
+"""What is in no part of the run."""
 
 
 def make_world(root: Path, stages: int) -> Path:
@@ -56,7 +56,7 @@ def name_of(pid: int) -> str:
     except OSError:
         return ""
     if words[0].startswith("ray::"):
-        return words[0]
+        return words[0].partition(".")[0].partition(":rayfuse")[0]
     known = ("gcs_server", "raylet", "agent.py", "main.py", "log_monitor", "monitor.py", "default_worker", "cli")
     line = " ".join(words[:4])
     return next((name for name in known if name in line), Path(words[0]).name)
@@ -69,7 +69,7 @@ def measure_run(config: Path, output: Path) -> tuple[dict[str, tuple[float, floa
     used: dict[int, float] = {}
     names: dict[int, str] = {}
     parts: dict[str, tuple[float, float]] = {}
-    begun, before = time.monotonic(), 0.0
+    begun, before, ended = time.monotonic(), 0.0, 0.0
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         while process.poll() is None:
@@ -77,14 +77,16 @@ def measure_run(config: Path, output: Path) -> tuple[dict[str, tuple[float, floa
             used.update(processor_seconds(family))
             names.update({pid: name for pid in family if (name := name_of(pid)) and name != "ray::IDLE"})
             done = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
-            for part in done.keys() - parts.keys():
-                parts[part] = (done[part], sum(used.values()) - before)
-                before = sum(used.values())
+            for part in [part for part in done if part not in parts]:
+                now, total = time.monotonic() - begun, sum(used.values())
+                if not parts:
+                    parts[BEFORE] = (now - done[part], 0.0)  # its processor time counts with the first part
+                parts[part] = (done[part], total - before)
+                before, ended = total, now
             time.sleep(0.1)
     if process.returncode:
         raise SystemExit(f"the run failed:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}")
-    inside = sum(seconds for seconds, _ in parts.values())
-    parts[OUTSIDE] = (time.monotonic() - begun - inside, sum(used.values()) - before)
+    parts[AFTER] = (time.monotonic() - begun - ended, sum(used.values()) - before)
     parts["all"] = (time.monotonic() - begun, sum(used.values()))
     by_process: Counter[str] = Counter()
     for pid, seconds in used.items():
@@ -97,13 +99,14 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--stages", type=int, default=1)
     parser.add_argument("--processes", action="store_true", help="also the processor seconds of each kind of process")
+    parser.add_argument("--quick", action="store_true", help="one run only, to see that it works")
     arguments = parser.parse_args()
     print(machine())
     with tempfile.TemporaryDirectory(prefix="start-") as folder:
         root = Path(folder)
         config = make_world(root, arguments.stages)
         runs, loads = [], []
-        for index in range(arguments.runs):
+        for index in range(1 if arguments.quick else arguments.runs):
             runs.append(measure_run(config, root / f"run-{index}"))
             loads.append(os.getloadavg()[0])
     print(f"load after each run: {', '.join(f'{load:.1f}' for load in loads)}")
