@@ -173,6 +173,16 @@ class Renderer:
             self._missing[shape] = shown.missing(sample, self.prompt_text)
         return self._missing[shape]
 
+    def refuse_missing(self, sample: Sample) -> None:
+        """Raise DataError where the prompt does not show a part of the sample's conversation."""
+        missing = self.missing(sample)
+        if missing:
+            roles = ", ".join(message.role for message in sample.messages)
+            raise DataError(
+                f"the prompt of {self.name} does not show {', '.join(missing)} of the conversation with the roles "
+                f"[{roles}]; `rayfuse check` says what to do"
+            )
+
     def prompt_ids(self, sample: Sample) -> np.ndarray:
         """int64 [p], at least one token: what the model reads before the response.
 

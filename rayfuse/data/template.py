@@ -92,6 +92,10 @@ class ChatTemplate:
         environment = _compiled("").environment
         return frozenset().union(*(jinja2.meta.find_undeclared_variables(environment.parse(text)) for text in texts))
 
+    def knows_developer(self) -> bool:
+        """Whether messages of the role developer are given as such, not as system messages."""
+        return self._forms_of(self.text()).knows_developer
+
     def _forms_of(self, text: str) -> Forms:
         if text not in self._forms:
             self._forms[text] = Forms(text, lambda turns: self._write(text, turns, None, True, TODAY))

@@ -20,6 +20,8 @@ _ENDS_OPEN = re.compile(r"<think>\s*\Z")
 _WHOLE = re.compile(r"\s*(<think>)?(.*?)</think>\s*", re.DOTALL)
 
 Kind = Literal["none", "whole", "begun"]
+Thoughts = Literal["keep", "context", "drop"]
+"""What becomes of a response's thought; see config.data.Data.thoughts."""
 
 
 def thought_kind(response: str) -> Kind:
@@ -52,7 +54,7 @@ def is_empty_thought(text: str) -> bool:
     return not _EMPTY.sub("", text).strip()
 
 
-def treated(sample: Sample, choice: Literal["keep", "context", "drop"]) -> Sample:
+def treated(sample: Sample, choice: Thoughts) -> Sample:
     """The sample with its response's thought learned (keep), read before the response (context), or left out (drop).
 
     Raises:

@@ -109,11 +109,13 @@ def _size(student: Renderer, teachers: Sequence[_Reader], sample: Sample) -> Siz
     try:
         rendered = student.render(sample)
         total, response = rendered.length, len(rendered.response_ids)
+        student.refuse_missing(sample)
     except (DataError, AlignmentError) as error:
         faults.append(str(error))
     for name, renderer, context in teachers:
         try:
             rendered = renderer.render(sample)
+            renderer.refuse_missing(sample)
         except (DataError, AlignmentError) as error:
             faults.append(str(error))
             continue
