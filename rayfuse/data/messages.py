@@ -23,6 +23,8 @@ _CALL = "rayfuse01"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's thought; templates read the first or the second."""
 
+_WITH_THOUGHT = re.compile(r"\s*<think>\n*(.*?)\n*</think>\n*(.*)", re.DOTALL)
+
 Null = Literal["absent", "null", "empty"]
 NULLS: tuple[Null, ...] = ("absent", "null", "empty")
 """How a turn without content is given: without the key (as transformers >= 5.22 does), with null, or with no text."""
@@ -76,6 +78,8 @@ class Forms:
         thought = next((fitted[key] for key in _REASONING if key in fitted), None)
         if thought is not None:
             fitted = {"thinking": thought, **fitted, "reasoning_content": thought}
+        elif fitted["role"] == "assistant":
+            fitted = self._thought(fitted)
         calls = fitted.get("tool_calls")
         if calls:
             fitted["tool_calls"] = [self._call(call) for call in calls]
@@ -85,6 +89,13 @@ class Forms:
         if self.parts and isinstance(fitted.get("content"), str):
             fitted["content"] = [{"type": "text", "text": fitted["content"]}]
         return fitted
+
+    def _thought(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """A turn whose thought is in a field of its own, where the template would open a second one before it."""
+        found = _WITH_THOUGHT.fullmatch(turn.get("content") or "")
+        if found is None or not self.thought_apart:
+            return turn
+        return {**turn, "thinking": found[1], "content": found[2], "reasoning_content": found[1]}
 
     def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """A call in the nested form that all templates read, its arguments as an object or as text."""
@@ -108,6 +119,18 @@ class Forms:
         as_parts: Any = [{"type": "text", "text": MARK}]
         shown = (MARK in self._try([{"role": "user", "content": content}]) for content in (MARK, as_parts))
         return not next(shown) and next(shown)
+
+    @cached_property
+    def thought_apart(self) -> bool:
+        """Whether the template opens a thought of its own before an earlier turn's text that begins with one."""
+        asked = self._content("Hello")
+        turns = [asked, {**self._content(f"<think>\n{MARK}\n</think>\n\nHi."), "role": "assistant"}, asked]
+        before, found, _ = self._try(turns).partition(MARK)
+        return bool(found) and before.count("<think>") > 1
+
+    def _content(self, text: str) -> dict[str, Any]:
+        """A message of the user, for trying."""
+        return {"role": "user", "content": [{"type": "text", "text": text}] if self.parts else text}
 
     @cached_property
     def calls(self) -> CallForms:
@@ -135,12 +158,12 @@ class Forms:
         arguments: Any = {"city": MARK}
         function = {"name": "weather", "arguments": json.dumps(arguments) if as_text else arguments}
         call = {"id": call_id, "type": "function", "function": function}
-        asked: Any = "Hello" if not self.parts else [{"type": "text", "text": "Hello"}]
+        asked = self._content("Hello")
         return self._try(
             [
-                {"role": "user", "content": asked},
+                asked,
                 _with_null({"role": "assistant", "tool_calls": [call]}, null),
-                {"role": "tool", "tool_call_id": call_id, "name": "weather", "content": asked},
+                {"role": "tool", "tool_call_id": call_id, "name": "weather", "content": asked["content"]},
             ]
         )
 
