@@ -111,8 +111,8 @@ class Data(Section):
     on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row stops the run, or is counted")
     thoughts: Literal["keep", "context", "drop"] = Field(
         "keep",
-        description="a response's thought (<think> ... </think>): keep: learned; context: read before the response, not "
-        "learned; drop: left out",
+        description="a response's thought (<think> ... </think>): keep: learn it; context: read it before the answer; "
+        "drop: leave it out",
     )
     unit_size: int = Field(8, ge=1, description="samples per unit: one teacher call and one micro-step of the student")
 

@@ -8,7 +8,6 @@ from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_v
 
 from rayfuse.config.section import Dtype, LocalPath, Place, Section
 
-
 OF_THE_CONVERSATION = {"messages", "tools", "add_generation_prompt", "strftime_now"}
 """Arguments of a chat template that the data and the run give."""
 

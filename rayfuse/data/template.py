@@ -40,7 +40,11 @@ class ChatTemplate:
         return bool(self.tokenizer.chat_template)
 
     def text(self, tools: Sequence[Mapping[str, Any]] | None = None, template: str | None = None) -> str:
-        """The template's source: that for conversations with tools where there is one; `template`: another's, or a name.
+        """The template's source: that for conversations with tools where there is one.
+
+        Args:
+            tools: the tools of the conversation.
+            template: another template's source, or the name of one of several.
 
         Raises:
             ValueError: the tokenizer has several templates, and none is the default.
@@ -130,5 +134,7 @@ def _compiled(text: str) -> Any:
     try:
         compile_template = chat_template_utils._compile_jinja_template
     except AttributeError as error:
-        raise ModelError(f"transformers {__version__} compiles chat templates another way; install 5.16 to 5.24") from error
+        raise ModelError(
+            f"transformers {__version__} compiles chat templates another way; install 5.16 to 5.24"
+        ) from error
     return compile_template(text)

@@ -41,10 +41,10 @@ class Style:
 
     @property
     def chat_template(self) -> str:
-        """The Jinja template that writes a conversation of user and assistant messages in this style."""
+        """The Jinja template that writes a conversation in this style: who is not the assistant speaks as the user."""
         parts = [_quoted(self.start), "{%- for message in messages -%}"]
-        for branch, role in (("if", "user"), ("elif", "assistant")):
-            parts += [f"{{%- {branch} message['role'] == '{role}' -%}}", _quoted(self.before[role])]
+        for branch, role in (("if message['role'] != 'assistant'", "user"), ("else", "assistant")):
+            parts += [f"{{%- {branch} -%}}", _quoted(self.before[role])]
             parts += ["{{- message['content'] -}}", _quoted(self.after[role])]
         parts += ["{%- endif -%}", "{%- endfor -%}"]
         parts += ["{%- if add_generation_prompt -%}", _quoted(self.before["assistant"]), "{%- endif -%}"]

@@ -61,8 +61,9 @@ def test_real_templates_render_as_transformers_renders_them(tokenizer, name, tur
     given = as_parts(turns) if name in NEEDS_PARTS else turns
     for open_turn in (True, False):
         today_matters(
-            lambda day, open_turn=open_turn: template.render(turns, open_turn=open_turn, today=day)
-            == oracle(tokenizer, given, open_turn=open_turn)
+            lambda day, open_turn=open_turn: (
+                template.render(turns, open_turn=open_turn, today=day) == oracle(tokenizer, given, open_turn=open_turn)
+            )
         )
 
 
@@ -138,7 +139,9 @@ def test_arguments_reach_the_template(tokenizer, text, arguments):
 
 
 def test_a_name_that_the_template_sets_itself_is_not_read(tokenizer):
-    tokenizer.chat_template = "{% set mine = 1 %}{{ mine }}{{ given }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% set mine = 1 %}{{ mine }}{{ given }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     assert ChatTemplate(tokenizer).reads() == {"messages", "given"}
 
 
