@@ -18,7 +18,7 @@ GRANITE = """\
     {%- set system_message = messages[0]['content'] %}
     {%- set loop_messages = messages[1:] %}
 {%- else %}
-    {%- set system_message = "Knowledge Cutoff Date: April 2024.\\nToday's Date: " + strftime_now('%B %d, %Y') + ".\\n" %}
+    {%- set system_message = "Cutoff Date: April 2024.\\nToday's Date: " + strftime_now('%B %d, %Y') + ".\\n" %}
     {%- if documents %}{%- set system_message = system_message + "Answer from the documents." %}{%- endif %}
     {%- if thinking %}{%- set system_message = system_message + "Think first." %}{%- endif %}
     {%- set loop_messages = messages %}
@@ -94,11 +94,15 @@ SMOLLM3 = """\
 """Date, loop controls, generation blocks, a mode that an argument chooses."""
 
 DATE_STRING = """\
-{%- if not date_string is defined %}{% set date_string = strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024" %}{% endif %}
+{%- if not date_string is defined %}
+    {%- set date_string = strftime_now("%d %b %Y") if strftime_now is defined else "26 Jul 2024" %}
+{%- endif %}
 {%- if builtin_tools is defined %}{{ "Tools: " + builtin_tools | join(", ") + "\\n" }}{% endif %}
 {%- set ns = namespace(count=0) %}
 {{- "Today Date: " + date_string + "\\n" }}
-{%- for m in messages %}{% set ns.count = ns.count + 1 %}{{ "#" ~ ns.count ~ " " + m.role + ": " + m.content + "</s>\\n" }}{% endfor %}
+{%- for m in messages %}
+    {%- set ns.count = ns.count + 1 %}{{ "#" ~ ns.count ~ " " + m.role + ": " + m.content + "</s>\\n" }}
+{%- endfor %}
 {%- if add_generation_prompt %}{{ "#" ~ (ns.count + 1) ~ " assistant: " }}{% endif %}"""
 """A date that an argument replaces, `builtin_tools`, a namespace: the features of Llama 3.1."""
 

@@ -54,7 +54,8 @@ class _Marks:
 
     def turn(self, turn: dict[str, Any]) -> Message:
         """The turn with marks in place of its words."""
-        content, calls, fields = turn.get("content"), _calls(turn), {}
+        content, calls = turn.get("content"), _calls(turn)
+        fields: dict[str, Any] = {}
         if content:
             content = self.new("the text beside a tool call" if calls else _NAMES[turn["role"]])
         if calls:

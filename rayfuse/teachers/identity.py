@@ -107,7 +107,7 @@ def fingerprint(teacher: Teacher, k: int) -> str:
         writer = {"backend": teacher.stored.backend, "stored": None}
         return fingerprint(teacher.model_copy(update=writer), k)
     tokenizer = load_tokenizer(teacher)
-    parts = {
+    parts: dict[str, Any] = {
         "weights": _weights_identity(teacher),
         "tokenizer": _sha(tokenizer.backend_tokenizer.to_str().encode()),
         "template": _sha(json.dumps(tokenizer.chat_template, sort_keys=True).encode()),

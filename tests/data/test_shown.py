@@ -32,6 +32,7 @@ def renderer_of(tiny):
     return make
 
 
+LATER = only("m != messages[0] or messages | length < 3")
 SYSTEM = Sample((Message("system", "Be short."), Message("user", "2 + 2?")), "4")
 
 
@@ -44,7 +45,7 @@ SYSTEM = Sample((Message("system", "Be short."), Message("user", "2 + 2?")), "4"
         (CHATML, sample_of(conversation(content="Look.")), ("a tool call",)),
         (CHATML, sample_of(conversation(content="Look."), tools=[TOOL]), ("a tool call", "the tools")),
         (
-            only("m != messages[0] or messages | length < 3"),
+            LATER,
             Sample((*SYSTEM.messages, Message("user", "?")), "4"),
             ("the system message",),
         ),

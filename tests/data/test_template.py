@@ -176,7 +176,7 @@ def test_several_templates_the_one_for_tools_where_there_are_tools(tokenizer, tm
 
 def test_several_templates_and_no_default(tokenizer):
     tokenizer.chat_template = {"rag": PLAIN}
-    with pytest.raises(ModelError, match="the chat template cannot be used: .* no default specified"):
+    with pytest.raises(ModelError, match=r"the chat template cannot be used: .* no default specified"):
         Renderer(tokenizer)
 
 
