@@ -93,9 +93,9 @@ def fingerprint(teacher: Teacher, k: int) -> str:
     """The name of everything that a teacher's answers depend on: 32 hex digits.
 
     Weights (revision, or the hashes of the files), tokenizer, chat template and its arguments, context length, K, dtype
-    and backend; of vLLM also its quantisation and version. For an endpoint, whose weights nobody here sees: its address, the model's
-    name, `revision` and what the server calls the weights' origin; not the key, not the time, not the server's version
-    or limits.
+    and backend; of vLLM also its quantisation and version. For an endpoint, whose weights nobody here sees: its
+    address, the model's name, `revision` and what the server calls the weights' origin; not the key, not the time, not
+    the server's version or limits.
 
     Raises:
         ModelError: the model's files cannot be found.
