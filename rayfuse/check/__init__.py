@@ -14,6 +14,7 @@ from rayfuse.check.data import check_data, check_evaluation, check_prefer, check
 from rayfuse.check.finding import Finding
 from rayfuse.check.machine import check_environments, check_machine, check_output, check_serving, check_store
 from rayfuse.check.models import check_models
+from rayfuse.check.templates import check_templates
 from rayfuse.config import Config
 from rayfuse.errors import RayfuseError
 
@@ -55,6 +56,7 @@ CHECKS: dict[str, Callable[[Config], Iterator[Finding]]] = {
     "output": check_output,
     "signals.store": check_store,
     "models": check_models,
+    "templates": check_templates,
     "data": check_data,
     "preferences": check_preferences,
     "prefer": check_prefer,

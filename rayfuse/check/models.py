@@ -78,7 +78,7 @@ def _check_model(where: str, model: Model, config: Config) -> Iterator[Finding]:
         )
     if config.teachers and config.signals.k > vocabulary:
         yield Finding(where, f"signals.k is {config.signals.k}, but this model has only {vocabulary} tokens")
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, model.template)
     if renderer.plain:
         yield Finding(where, "has no chat template; prompts are rendered as plain text", fault=False)
     context = context_length(model_config)
@@ -142,7 +142,7 @@ def _check_tokenizer(where: str, teacher: Teacher) -> Iterator[Finding]:
         tokenizer = load_tokenizer(teacher)
     except ModelError as error:
         raise ModelError(f"{error}. Set `tokenizer` to a folder or hub id that has this teacher's tokenizer") from None
-    if Renderer(tokenizer).plain:
+    if Renderer(tokenizer, teacher.template).plain:
         yield Finding(where, "has no chat template; prompts are rendered as plain text", fault=False)
     byte_ends(tokenizer, tokenizer.encode(PROBE, add_special_tokens=False))
 

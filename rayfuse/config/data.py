@@ -109,6 +109,11 @@ class Data(Section):
         "left (a response is never cut)",
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="a malformed row stops the run, or is counted")
+    thoughts: Literal["keep", "context", "drop"] = Field(
+        "keep",
+        description="a response's thought (<think> ... </think>): keep: learn it; context: read it before the answer; "
+        "drop: leave it out",
+    )
     unit_size: int = Field(8, ge=1, description="samples per unit: one teacher call and one micro-step of the student")
 
     @model_validator(mode="before")

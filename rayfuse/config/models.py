@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
 from rayfuse.config.section import Dtype, LocalPath, Place, Section
+
+OF_THE_CONVERSATION = {"messages", "tools", "add_generation_prompt", "strftime_now"}
+"""Arguments of a chat template that the data and the run give."""
 
 
 class Model(Section):
@@ -24,6 +27,20 @@ class Model(Section):
     trust_remote_code: Place | None = Field(
         None, description="repeat the model's name here to run the Python code that ships with it; never on by default"
     )
+    template: dict[str, JsonValue] = Field(
+        {}, description="arguments of the chat template besides the conversation, for example {enable_thinking: false}"
+    )
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+    @field_validator("template")
+    @classmethod
+    def _are_not_the_conversation(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        given = sorted(OF_THE_CONVERSATION & value.keys())
+        if given:
+            raise ValueError(f"{', '.join(given)}: given by the data and the run; leave it out of `template`")
+        return value
 
     @model_validator(mode="after")
     def _remote_code_is_named(self) -> Model:

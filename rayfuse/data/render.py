@@ -2,25 +2,32 @@
 
 Each model has its own chat template and tokenizer. Prompt and response are encoded apart, so that the response begins
 at a token boundary in every model, and the response is followed by the one token with which that model ends its turn.
+
+The prompt is what the template writes before this response. A response may begin with its thought,
+"<think>\\n...\\n</think>\\n\\n" and then the answer: the prompt then opens none. Before a response without a thought, a
+template that opens one is asked for the closed conversation, and what it writes before the response is the prompt:
+"<think>\\n\\n</think>\\n\\n" (Qwen3-Thinking) or nothing (R1's distillations).
 """
 
 from __future__ import annotations
 
-import datetime
 import logging
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rayfuse.alignment.token_bytes import encode_response
+from rayfuse.config import Model
+from rayfuse.data import shown, thoughts
 from rayfuse.data.sample import Sample
+from rayfuse.data.template import ChatTemplate
 from rayfuse.errors import DataError, ModelError
+from rayfuse.models.loading import load_tokenizer
 
 log = logging.getLogger(__name__)
 _MARK = "rayfuse-marks-the-response"
-TODAY = datetime.date(2025, 1, 1)
-"""The date that templates which print today's date are given: a prompt must not depend on when it is rendered."""
 
 
 @dataclass(frozen=True)
@@ -45,33 +52,37 @@ class Rendered:
         return len(self.prompt_ids) + len(self.response_ids)
 
 
+_HELLO = {"role": "user", "content": "Hello"}
+
+
 class Renderer:
     """Renders samples for one tokenizer: with its chat template, or as plain text where it has none."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """Find how this tokenizer's template ends an assistant turn.
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> None:
+        """Find how this tokenizer's template begins and ends an assistant turn.
+
+        Args:
+            tokenizer: a fast tokenizer.
+            arguments: what its template is given besides the conversation.
 
         Raises:
             ModelError: the template fails on a one-turn conversation, or no end-of-turn token can be found.
         """
         self.tokenizer = tokenizer
-        self.name = str(getattr(tokenizer, "name_or_path", "")) or type(tokenizer).__name__
-        self.plain = not tokenizer.chat_template
+        self.template = ChatTemplate(tokenizer, arguments)
+        self.name = self.template.name
+        self.plain = not self.template.present
         if self.plain:
             log.warning("%s has no chat template: prompts are rendered as plain text", self.name)
         self.end_of_turn = self._find_end_of_turn()
         self.bos = self._find_bos()
+        self.opens_thought, self.closed = (False, False) if self.plain else self._find_opening()
+        self._missing: dict[Hashable, tuple[str, ...]] = {}
 
-    def _template(self, messages: list[dict[str, Any]], *, open_turn: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=open_turn, strftime_now=TODAY.strftime
-            )
-        except Exception as error:  # templates are programs: they raise anything
-            roles = ", ".join(message["role"] for message in messages)
-            raise DataError(
-                f"the chat template of {self.name} refuses a conversation with the roles [{roles}]: {error}"
-            ) from error
+    @staticmethod
+    def of(model: Model) -> Renderer:
+        """The renderer of a configured model: its tokenizer, and the arguments of its template."""
+        return Renderer(load_tokenizer(model), model.template)
 
     def _find_end_of_turn(self) -> int:
         """The first special token that the template writes after the assistant's text; without a template, eos.
@@ -79,9 +90,8 @@ class Renderer:
         Where it writes no special token there, the first token that it writes.
         """
         if not self.plain:
-            turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _MARK}]
             try:
-                _, found, after = self._template(turns, open_turn=False).rpartition(_MARK)
+                _, found, after = self._closed([_HELLO], None)
             except DataError as error:
                 raise ModelError(f"the chat template cannot be used: {error}") from error
             if not found:
@@ -104,11 +114,74 @@ class Renderer:
         ids = self.tokenizer.encode("", add_special_tokens=True)
         return [int(self.tokenizer.bos_token_id)] if self.tokenizer.bos_token_id in ids else []
 
+    def _find_opening(self) -> tuple[bool, bool]:
+        """Whether the template's opened turn begins a thought, and whether it is less than the template itself writes
+        before an assistant's text: a template that knows no opened turn, or that names a channel (gpt-oss).
+
+        An empty thought that it only writes into closed conversations (Qwen3) is left to the model.
+        """
+        opened = self.template.render([_HELLO], open_turn=True)
+        before, _, _ = self._closed([_HELLO], None)
+        rest = before[len(opened) :] if before.startswith(opened) else ""
+        return thoughts.ends_open(opened), not thoughts.is_empty_thought(rest)
+
+    def _closed(self, turns: list[dict[str, Any]], tools: list[Any] | None) -> tuple[str, str, str]:
+        """What the template writes before and after a response, and the mark in its place (empty where left out)."""
+        answered = [*turns, {"role": "assistant", "content": _MARK}]
+        return self.template.render(answered, tools, open_turn=False).rpartition(_MARK)
+
     def prompt_text(self, sample: Sample) -> str:
-        """The text that stands before the response."""
+        """The text before the response, the sample's own thought included.
+
+        Where there is no response yet, it is what the model is asked with.
+
+        Raises:
+            DataError: the template refuses the conversation, or opens a thought that this response cannot close.
+        """
         if self.plain:
-            return sample.plain_text
-        return self._template(sample.turns, open_turn=True)
+            return sample.plain_text + sample.thought
+        turns, tools = sample.turns, sample.offered_tools
+        response = sample.thought + sample.response
+        kind = thoughts.thought_kind(response)
+        if not response or not (self.closed or self.opens_thought) or (kind != "none" and not self.closed):
+            text = self.template.render(turns, tools, open_turn=True)
+        else:
+            text, found, _ = self._closed(turns, tools)
+            if not found:
+                raise DataError(f"the chat template of {self.name} leaves the assistant's text out")
+        return self._continued(text, kind if response else "") + sample.thought
+
+    def _continued(self, text: str, kind: str) -> str:
+        """The prompt with exactly one thought opened before a response that has one, and none before another."""
+        if kind == "none" and thoughts.ends_open(text):
+            raise DataError(
+                f"the chat template of {self.name} opens a thought before every response, and does not close it before "
+                f"one without a thought; give the responses a thought ({thoughts.OPEN} ... {thoughts.CLOSE}), or the "
+                "model another template"
+            )
+        if kind == "whole":
+            return thoughts.without_thought(text)
+        if kind == "begun" and not thoughts.ends_open(text):
+            return f"{thoughts.without_thought(text)}{thoughts.OPEN}\n"
+        return text
+
+    def missing(self, sample: Sample) -> tuple[str, ...]:
+        """What of the sample's conversation this model's prompt does not show, in words; found once per shape of
+        conversation, by marks in place of the words."""
+        shape = shown.shape(sample)
+        if shape not in self._missing:
+            self._missing[shape] = shown.missing(sample, self.prompt_text)
+        return self._missing[shape]
+
+    def refuse_missing(self, sample: Sample) -> None:
+        """Raise DataError where the prompt does not show a part of the sample's conversation."""
+        missing = self.missing(sample)
+        if missing:
+            roles = ", ".join(message.role for message in sample.messages)
+            raise DataError(
+                f"the prompt of {self.name} does not show {', '.join(missing)} of the conversation with the roles "
+                f"[{roles}]; `rayfuse check` says what to do"
+            )
 
     def prompt_ids(self, sample: Sample) -> np.ndarray:
         """int64 [p], at least one token: what the model reads before the response.

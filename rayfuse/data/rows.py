@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 from rayfuse.config import Data
@@ -18,6 +18,7 @@ from rayfuse.data.files import read_source
 from rayfuse.data.forms import conversation_of_row, open_row
 from rayfuse.data.pairs import compared
 from rayfuse.data.sample import PAIR, Compared, DataCounts, Parsed, Sample, add_counts
+from rayfuse.data.thoughts import Thoughts, treated
 from rayfuse.errors import DataError
 
 
@@ -101,7 +102,23 @@ def read_parts(data: Data, first: int | None, parse: Parser[Parsed]) -> list[Par
     Raises:
         DataError: see read_samples.
     """
+    parse = parse if data.thoughts == "keep" else _with_thoughts(parse, data.thoughts)
     return [_read_part(source, first, parse, on_bad_row=data.on_bad_row) for source in data.parts]
+
+
+def _with_thoughts(parse: Parser[Parsed], choice: Thoughts) -> Parser[Parsed]:
+    """`parse`, with the thoughts of responses treated as data.thoughts says; prompts have none."""
+
+    def treat(item: Any) -> Any:
+        if isinstance(item, Sample):
+            return treated(item, choice)
+        return tuple(map(treat, item)) if isinstance(item, tuple) else item
+
+    def parse_treated(row: Any, columns: Mapping[str, str]) -> Parse[Parsed]:
+        found = parse(row, columns)
+        return replace(found, items=[treat(item) for item in found.items])
+
+    return parse_treated
 
 
 def _read_part(source: Source, first: int | None, parse: Parser[Parsed], *, on_bad_row: str) -> Part[Parsed]:

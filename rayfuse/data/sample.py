@@ -67,12 +67,14 @@ class Sample:
         response: the assistant's text, never empty.
         skill: an optional label that evaluation groups by.
         tools: the tools that the conversation offers, as canonical JSON of a list; empty where there are none.
+        thought: what the model has thought before the response, with its marks: read, and not learned (data.thoughts).
     """
 
     messages: Turns
     response: str
     skill: str = ""
     tools: str = ""
+    thought: str = ""
 
     def __post_init__(self) -> None:
         if type(self.messages) is not tuple or not set(map(type, self.messages)) <= {Message}:
@@ -81,18 +83,24 @@ class Sample:
 
     @cached_property
     def key(self) -> str:
-        """sha256 (hex) of the messages, the tools and the response: the sample's name in the signal store.
+        """sha256 (hex) of the messages, the tools, thought and response: the sample's name in the signal store.
 
         How a model renders the messages is part of that model's fingerprint, so the two together name one answer.
         """
         named = [[message.identity() for message in self.messages], self.response]
-        named += [self.tools] if self.tools else []
+        named += [self.tools] if self.tools or self.thought else []
+        named += [self.thought] if self.thought else []
         return hashlib.sha256(json.dumps(named, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
     @property
     def turns(self) -> list[dict[str, Any]]:
         """The messages as chat templates take them."""
         return [message.as_dict() for message in self.messages]
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        """The tools as chat templates take them; None where there are none."""
+        return json.loads(self.tools) if self.tools else None
 
     @property
     def plain_text(self) -> str:

@@ -13,7 +13,6 @@ from rayfuse.config import Config, Data, Model, Teacher
 from rayfuse.data.render import Renderer
 from rayfuse.data.sample import Sample
 from rayfuse.errors import AlignmentError, DataError
-from rayfuse.models.loading import load_tokenizer
 from rayfuse.teachers.identity import teacher_context
 
 MEASURE_CHUNK = 2000
@@ -94,11 +93,11 @@ class _Reader(NamedTuple):
 def _readers(student: Model, teachers: tuple[Teacher, ...]) -> tuple[Renderer, list[_Reader]]:
     """One set of tokenizers per process: Ray reuses the processes of tasks."""
     readers = [
-        _Reader(str(teacher.name), Renderer(load_tokenizer(teacher)), teacher_context(teacher))
+        _Reader(str(teacher.name), Renderer.of(teacher), teacher_context(teacher))
         for teacher in teachers
         if teacher.stored is None or teacher.tokenizer is not None
     ]
-    return Renderer(load_tokenizer(student)), readers
+    return Renderer.of(student), readers
 
 
 def _size(student: Renderer, teachers: Sequence[_Reader], sample: Sample) -> Size:
@@ -110,11 +109,13 @@ def _size(student: Renderer, teachers: Sequence[_Reader], sample: Sample) -> Siz
     try:
         rendered = student.render(sample)
         total, response = rendered.length, len(rendered.response_ids)
+        student.refuse_missing(sample)
     except (DataError, AlignmentError) as error:
         faults.append(str(error))
     for name, renderer, context in teachers:
         try:
             rendered = renderer.render(sample)
+            renderer.refuse_missing(sample)
         except (DataError, AlignmentError) as error:
             faults.append(str(error))
             continue

@@ -20,7 +20,6 @@ from rayfuse.config import Teacher
 from rayfuse.data.render import Rendered, Renderer
 from rayfuse.data.sample import Sample
 from rayfuse.errors import MissingSignalsError, RayfuseError, TeacherGoneError
-from rayfuse.models.loading import load_tokenizer
 from rayfuse.prepare.spec import INITIAL, PrepareSpec, Scorer
 from rayfuse.prepare.targets import TARGETS, ScoredUnit, bare_targets, fields_read
 from rayfuse.prepare.vocabulary import Vocabularies
@@ -54,7 +53,7 @@ class Preparer:
     def __init__(self, spec: PrepareSpec, ask: Callable[[IdentifiedTeacher], Scorer]) -> None:
         """Prepare for `spec`; `ask` tells how a teacher is reached."""
         self.spec = spec
-        self.renderer = Renderer(load_tokenizer(spec.student))
+        self.renderer = Renderer.of(spec.student)
         self.store = SignalStore(spec.store)
         self.vocabularies = Vocabularies(self.renderer, [one.teacher for one in spec.teachers])
         self.fields = fields_read(spec.targets)

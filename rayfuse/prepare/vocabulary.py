@@ -15,7 +15,6 @@ import numpy as np
 from rayfuse.alignment.token_bytes import bytes_to_ids, token_bytes
 from rayfuse.config import Model
 from rayfuse.data.render import Renderer
-from rayfuse.models.loading import load_tokenizer
 from rayfuse.prepare.byte_prefix import PrefixMap
 from rayfuse.prepare.min_edit import NearestTokens
 
@@ -72,7 +71,7 @@ class Vocabularies:
     @cached_property
     def teachers(self) -> list[Vocabulary]:
         """Each teacher's tokens."""
-        return [Vocabulary.of(Renderer(load_tokenizer(model))) for model in self._models]
+        return [Vocabulary.of(Renderer.of(model)) for model in self._models]
 
     @cached_property
     def prefixes(self) -> PrefixMap:

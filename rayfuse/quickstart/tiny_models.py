@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from rayfuse.data.template import ChatTemplate
 from rayfuse.errors import ModelError
 
 IGNORED = -100
@@ -40,10 +41,10 @@ class Style:
 
     @property
     def chat_template(self) -> str:
-        """The Jinja template that writes a conversation of user and assistant messages in this style."""
+        """The Jinja template that writes a conversation in this style: who is not the assistant speaks as the user."""
         parts = [_quoted(self.start), "{%- for message in messages -%}"]
-        for branch, role in (("if", "user"), ("elif", "assistant")):
-            parts += [f"{{%- {branch} message['role'] == '{role}' -%}}", _quoted(self.before[role])]
+        for branch, role in (("if message['role'] != 'assistant'", "user"), ("else", "assistant")):
+            parts += [f"{{%- {branch} -%}}", _quoted(self.before[role])]
             parts += ["{{- message['content'] -}}", _quoted(self.after[role])]
         parts += ["{%- endif -%}", "{%- endfor -%}"]
         parts += ["{%- if add_generation_prompt -%}", _quoted(self.before["assistant"]), "{%- endif -%}"]
@@ -171,7 +172,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[dict[str, Any]]) -
 def render_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
     """The text that stands before the response, by the tokenizer's chat template."""
     messages = [{"role": "user", "content": prompt}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return ChatTemplate(tokenizer).render(messages, open_turn=True)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -180,8 +181,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerFast) -> int:
     Raises ModelError where it writes nothing there.
     """
     answer = {"role": "assistant", "content": "answer"}
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "question"}, answer], tokenize=False)
-    ids = tokenizer.encode(str(text).rpartition("answer")[2], add_special_tokens=False)
+    text = ChatTemplate(tokenizer).render([{"role": "user", "content": "question"}, answer], open_turn=False)
+    ids = tokenizer.encode(text.rpartition("answer")[2], add_special_tokens=False)
     if not ids:
         raise ModelError("the chat template writes nothing after the assistant's words, so a turn has no end")
     return int(ids[0])

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rayfuse.config import Model, Teacher
 from rayfuse.config.public import public_name
+from rayfuse.data.render import Renderer
 from rayfuse.errors import ModelError
 from rayfuse.models.loading import WEIGHT_FILES, context_length, load_model_config, load_tokenizer
 from rayfuse.signals.store import SignalStore
@@ -65,6 +67,8 @@ def describe(teachers: Sequence[IdentifiedTeacher], k: int, store: SignalStore) 
 
 RENDERING = 1
 """Version of what render and the backends make of a sample; a change there that changes answers must raise it."""
+CLOSED_RENDERING = 2
+"""The same for templates whose prompt is taken from the closed conversation; see Renderer.prompt_text."""
 
 
 def teacher_context(teacher: Teacher) -> int | None:
@@ -88,10 +92,10 @@ def teacher_context(teacher: Teacher) -> int | None:
 def fingerprint(teacher: Teacher, k: int) -> str:
     """The name of everything that a teacher's answers depend on: 32 hex digits.
 
-    Weights (revision, or the hashes of the files), tokenizer, chat template, context length, K, dtype and backend; of
-    vLLM also its quantisation and version. For an endpoint, whose weights nobody here sees: its address, the model's
-    name, `revision` and what the server calls the weights' origin; not the key, not the time, not the server's version
-    or limits.
+    Weights (revision, or the hashes of the files), tokenizer, chat template and its arguments, context length, K, dtype
+    and backend; of vLLM also its quantisation and version. For an endpoint, whose weights nobody here sees: its
+    address, the model's name, `revision` and what the server calls the weights' origin; not the key, not the time, not
+    the server's version or limits.
 
     Raises:
         ModelError: the model's files cannot be found.
@@ -103,7 +107,7 @@ def fingerprint(teacher: Teacher, k: int) -> str:
         writer = {"backend": teacher.stored.backend, "stored": None}
         return fingerprint(teacher.model_copy(update=writer), k)
     tokenizer = load_tokenizer(teacher)
-    parts = {
+    parts: dict[str, Any] = {
         "weights": _weights_identity(teacher),
         "tokenizer": _sha(tokenizer.backend_tokenizer.to_str().encode()),
         "template": _sha(json.dumps(tokenizer.chat_template, sort_keys=True).encode()),
@@ -112,14 +116,22 @@ def fingerprint(teacher: Teacher, k: int) -> str:
         "dtype": None if teacher.endpoint else teacher.dtype,
         "backend": teacher.backend,
         "ends": [tokenizer.bos_token_id, tokenizer.eos_token_id],
-        "rendering": RENDERING,
+        "rendering": _rendering(tokenizer, teacher),
     }
     if teacher.autocast is not None:
         parts["autocast"] = teacher.autocast
+    if teacher.template:
+        parts["template_arguments"] = teacher.template
     if teacher.vllm is not None:
         parts["quantization"] = teacher.vllm.quantization
         parts["engine"] = engine_version(teacher)
     return _sha(json.dumps(parts, sort_keys=True).encode())[:32]
+
+
+def _rendering(tokenizer: Any, teacher: Teacher) -> int:
+    """The version of rendering: a later one only for templates that it reads otherwise than version 1 did."""
+    renderer = Renderer(tokenizer, teacher.template)
+    return CLOSED_RENDERING if renderer.opens_thought or renderer.closed else RENDERING
 
 
 def _weights_identity(model: Teacher) -> str:

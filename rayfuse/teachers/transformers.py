@@ -17,7 +17,7 @@ from rayfuse.data.render import Rendered, Renderer
 from rayfuse.data.sample import Sample
 from rayfuse.errors import TeacherError
 from rayfuse.losses import teacher_topk
-from rayfuse.models.loading import context_length, load_causal_lm, load_tokenizer, vocabulary_size
+from rayfuse.models.loading import context_length, load_causal_lm, vocabulary_size
 from rayfuse.models.output_layer import check_output_layer, output_layer
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.teachers.backend import Backend
@@ -35,7 +35,7 @@ class TransformersTeacher(Backend):
     def __init__(self, teacher: Teacher, k: int) -> None:
         self.teacher = teacher
         self.k = k
-        self.renderer = Renderer(load_tokenizer(teacher))
+        self.renderer = Renderer.of(teacher)
         self.device = torch.device("cuda" if teacher.gpus else "cpu")
         if self.device.type == "cpu":
             # The bits of a matrix product depend on the number of threads: it is part of the configuration.

@@ -514,3 +514,17 @@ def test_an_override_opens_the_section_that_a_bare_text_stood_for(override, valu
     for part in override.partition("=")[0].split(".")[:-1]:
         node = node[int(part)] if part.isdecimal() else node[part]
     assert node == value
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "strftime_now"])
+def test_a_templates_arguments_are_not_the_conversation(name):
+    with pytest.raises(ConfigError, match=rf"{name}: given by the data and the run; leave it out of `template`"):
+        parse_config(tree(student={"model": "a/b", "template": {name: True}}))
+
+
+def test_a_templates_arguments_are_plain_values_and_can_be_given_on_the_command_line():
+    changed = tree(student={"model": "a/b"})
+    apply_override(changed, "student.template.enable_thinking=false")
+    student = parse_config(changed).student
+    assert student.template == {"enable_thinking": False}
+    assert hash(student) != hash(student.model_copy(update={"template": {}}))

@@ -110,8 +110,8 @@ def test_an_assistant_turn_that_is_not_opened(tiny, reference):
     """The template of `instruct` writes nothing there; that of `math` does."""
     teacher = Teacher(model=tiny.model("math"), name="math", dtype="float32")
     backend = TransformersTeacher(teacher, K)
-    template = backend.renderer._template
-    backend.renderer._template = lambda messages, open_turn: template(messages, open_turn=False)
+    render = backend.renderer.template.render
+    backend.renderer.template.render = lambda turns, tools, open_turn: render(turns, tools, open_turn=False)
     readable = {name: PROBES[name] for name in ("short", "numbers", "code")}
     answers = dict(zip(readable, backend.score(list(readable.values())), strict=True))
     assert "add_generation_prompt" in _refused(teacher, Reference(teacher, gpu=False), answers)

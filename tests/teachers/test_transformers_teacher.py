@@ -158,8 +158,10 @@ def test_fingerprint_names_all_that_answers_depend_on(tiny, tmp_path):
     template = moved / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     others.add(fingerprint(base.model_copy(update={"model": str(moved)}), K))
-    assert len(others) == 4
+    others |= {fingerprint(base.model_copy(update={"template": {"enable_thinking": on}}), K) for on in (True, False)}
+    assert len(others) == 6
     assert same not in others
+    assert fingerprint(base.model_copy(update={"template": {}}), K) == same
 
 
 def test_pickled_weights_are_refused(tiny, tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from rayfuse.config import RewardModel
 from rayfuse.data.prompts import Prompt
-from rayfuse.data.render import TODAY
+from rayfuse.data.template import ChatTemplate
 from rayfuse.errors import ModelError
 from rayfuse.models.loading import context_length, load_sequence_classifier, load_tokenizer
 
@@ -32,6 +32,7 @@ class RewardModelJudge:
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, int(config.cpus)))
         self.tokenizer = load_tokenizer(config)
+        self.template = ChatTemplate(self.tokenizer, config.template)
         self.model = load_sequence_classifier(config).to(self.device)
         self.context = context_length(self.model.config)
         self.label = self._find_label(self.model.config.num_labels)
@@ -49,13 +50,9 @@ class RewardModelJudge:
 
     def token_ids(self, prompt: Prompt, response: str) -> list[int]:
         """What the model reads of one response."""
-        if self.tokenizer.chat_template:
+        if self.template.present:
             turns = [*prompt.sample.turns, {"role": "assistant", "content": response}]
-            text = self.tokenizer.apply_chat_template(
-                turns,
-                tokenize=False,
-                strftime_now=TODAY.strftime,
-            )
+            text = self.template.render(turns, prompt.sample.offered_tools, open_turn=False)
             ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:
             ids = self.tokenizer.encode(prompt.sample.plain_text, response)

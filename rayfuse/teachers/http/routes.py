@@ -31,7 +31,6 @@ from rayfuse.data.render import Renderer
 from rayfuse.data.rows import samples_of_row
 from rayfuse.data.sample import Message, Sample, Turns
 from rayfuse.errors import AlignmentError, DataError, RayfuseError, TeacherGoneError
-from rayfuse.models.loading import load_tokenizer
 from rayfuse.signals.codec import pack
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.teachers.identity import IdentifiedTeacher
@@ -140,7 +139,7 @@ class Front:
         }
         self.queues = {name: Queue(http.in_flight, http.queue) for name in self.teachers}
         self._connect = lru_cache(maxsize=None)(lambda name: connect(self.teachers[name]))
-        self._renderer = lru_cache(maxsize=None)(lambda name: Renderer(load_tokenizer(self.teachers[name].teacher)))
+        self._renderer = lru_cache(maxsize=None)(lambda name: Renderer.of(self.teachers[name].teacher))
 
     async def ask(self, name: str, question: Callable[[Client], Callable[[], T]]) -> T:
         """Wait for a turn, ask the teacher, and wait for its answer."""

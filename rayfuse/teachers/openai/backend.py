@@ -18,7 +18,7 @@ from rayfuse.config import Teacher
 from rayfuse.data.render import Rendered, Renderer
 from rayfuse.data.sample import Sample
 from rayfuse.errors import SignalError, TeacherError
-from rayfuse.models.loading import load_tokenizer, vocabulary_size
+from rayfuse.models.loading import vocabulary_size
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.teachers.backend import Backend
 from rayfuse.teachers.openai.completions import answer_limit, ask_text, read_answer
@@ -50,7 +50,7 @@ class OpenAITeacher(Backend):
         self.teacher = teacher
         self.endpoint = teacher.endpoint
         self.k = k
-        self.renderer = Renderer(load_tokenizer(teacher))
+        self.renderer = Renderer.of(teacher)
         self.rendering = threading.Lock()  # a tokenizer is not made for several threads at once
         self.vocab_size = vocabulary_size(self.renderer.tokenizer)
         if k > self.vocab_size:

@@ -136,7 +136,7 @@ def _passed(store: SignalStore, one: IdentifiedTeacher) -> bool:
 
 def _readable(teacher: Teacher) -> dict[str, Sample]:
     """The probes that the teacher's tokenizer keeps byte by byte, and whose response its context holds."""
-    renderer = Renderer(load_tokenizer(teacher))
+    renderer = Renderer.of(teacher)
     context = context_length(load_model_config(teacher)) if has_weights(teacher) else None
     readable = {}
     for name, sample in PROBES.items():

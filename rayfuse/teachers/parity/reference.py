@@ -1,7 +1,7 @@
 """What a teacher's own weights say, by a plain transformers forward, and why a serving path says something else.
 
 Nothing here is shared with the backends: one sample at a time without padding, the full [L, V] logits, log_softmax, the
-prompt as transformers' own `apply_chat_template` tokenizes it. A difference is diagnosed by trying: each `Variation` is
+prompt as the tokenizer encodes the rendered text. A difference is diagnosed by trying: each `Variation` is
 one known way to be wrong, done to the reference on purpose; the one that makes the difference go away is the cause.
 """
 
@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from rayfuse.config import Model
-from rayfuse.data.render import TODAY, Renderer
+from rayfuse.data.render import Renderer
 from rayfuse.data.sample import Sample
 from rayfuse.models.loading import load_causal_lm, load_model_config, load_tokenizer, vocabulary_size
 from rayfuse.signals.topk import TopKSignals
@@ -81,7 +81,7 @@ class Reference:
 
     def __init__(self, model: Model, *, gpu: bool) -> None:
         self.tokenizer = load_tokenizer(model)
-        self.renderer = Renderer(self.tokenizer)
+        self.renderer = Renderer(self.tokenizer, model.template)
         config = load_model_config(model)
         self.context = getattr(config, "max_position_embeddings", None)
         self.device, self.dtype = _place(config, model, gpu)
@@ -89,13 +89,17 @@ class Reference:
         self.vocabulary = vocabulary_size(self.tokenizer)
         self._changed: tuple[Variation, Any] = (PLAIN, self.model)
 
-    def prompt(self, sample: Sample, **template: Any) -> list[int]:
-        """The prompt as transformers tokenizes it; `template` are arguments of apply_chat_template."""
-        messages = sample.turns
-        if not self.tokenizer.chat_template and "chat_template" not in template:
-            return self.plain(sample)
-        arguments = {"add_generation_prompt": True, "strftime_now": TODAY.strftime, **template}
-        return list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **arguments))
+    def prompt(self, sample: Sample) -> list[int]:
+        """The prompt as the tokenizer encodes the rendered text."""
+        return self.plain(sample) if self.renderer.plain else self._ids(self.renderer.prompt_text(sample))
+
+    def otherwise(self, sample: Sample, **rendering: Any) -> list[int]:
+        """The prompt by the template alone, with other arguments of ChatTemplate.render."""
+        arguments = {"open_turn": True, **rendering}
+        return self._ids(self.renderer.template.render(sample.turns, sample.offered_tools, **arguments))
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def plain(self, sample: Sample) -> list[int]:
         """The prompt without a template, as the tokenizer encodes a text (with its BOS, without an EOS)."""
@@ -204,17 +208,15 @@ class Reference:
         if self.tokenizer.chat_template:
             yield Variation("template", "reads the prompt as plain text, without the chat template", prompt=self.plain)
             for text, arguments in (
-                ("does not open the assistant's turn (add_generation_prompt)", {"add_generation_prompt": False}),
-                (
-                    "writes today's date into the prompt; it must be fixed",
-                    {"strftime_now": datetime.datetime.now().strftime},
-                ),
+                ("does not open the assistant's turn (add_generation_prompt)", {"open_turn": False}),
+                ("writes today's date into the prompt; it must be fixed", {"today": datetime.date.today()}),
+                ("puts the generation prompt's open thought before every response", {"open_turn": True}),
             ):
-                yield Variation("template", text, prompt=_with(self.prompt, arguments))
+                yield Variation("template", text, prompt=_with(self.otherwise, arguments))
         for name, template in {**templates, "ChatML": CHATML}.items():
             if template and template != self.tokenizer.chat_template:
                 text = f"uses the chat template of {name}"
-                yield Variation("template", text, prompt=_with(self.prompt, {"chat_template": template}))
+                yield Variation("template", text, prompt=_with(self.otherwise, {"template": template}))
         bos = self.tokenizer.bos_token_id
         bos = getattr(self.model.config, "bos_token_id", None) if bos is None else bos
         if isinstance(bos, int):

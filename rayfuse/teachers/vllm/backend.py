@@ -22,7 +22,7 @@ from rayfuse.config import Teacher
 from rayfuse.data.render import Rendered, Renderer
 from rayfuse.data.sample import Sample
 from rayfuse.errors import DataError, DeadEngineError, ModelError, RayfuseError, TeacherError
-from rayfuse.models.loading import WEIGHT_FILES, load_model_config, load_tokenizer, vocabulary_size
+from rayfuse.models.loading import WEIGHT_FILES, load_model_config, vocabulary_size
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.teachers.backend import Backend
 from rayfuse.teachers.identity import teacher_context
@@ -55,7 +55,7 @@ class VLLMTeacher(Backend):
         """
         self.teacher = teacher
         self.k = k
-        self.renderer = Renderer(load_tokenizer(teacher))
+        self.renderer = Renderer.of(teacher)
         self.vocab_size = vocabulary_size(self.renderer.tokenizer)
         config = load_model_config(teacher)
         rows = int(config.get_text_config().vocab_size)
