@@ -34,7 +34,7 @@ EXPERTS = {"math": "towns", "code": "codes", "instruct": "pets"}
 
 @dataclass(frozen=True)
 class World:
-    """Shares of entities: what an expert knows of other fields, the pivot of all, and what experts are taught wrongly."""
+    """Shares of entities: known to an expert in other fields, to the pivot, and taught wrongly to the experts."""
 
     elsewhere: float
     pivot: float
