@@ -8,15 +8,16 @@ was configured: labels as they are, teachers' own weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from rayfuse.consensus.candidates import LABEL, PIVOT, Answer, Candidates
-from rayfuse.consensus.clusters import Clusters, clusters_of
+from rayfuse.consensus.clusters import MOST, Clusters, clusters_of
 from rayfuse.consensus.equivalence import Chosen, Grouping, Judge, agreement, choose, groupings_of
 from rayfuse.consensus.reliability import BINS, EDGES, UNKNOWN_BIN, Claims, Fit, Prior, claims_of, fit
+from rayfuse.consensus.scored import ScoredFit, Scores, fit_scores
 
 KEEP = 0.5
 """An answer is learnt from where it is right with at least this probability."""
@@ -95,6 +96,7 @@ class Decision:
         none: p(no answer is right).
         field: the cluster's name.
         fallback: whether labels count as right and sources alike, whatever the posterior says.
+        reliable: by source p(it knows what is right here), where sources score candidates; None where they claim.
     """
 
     candidates: Candidates
@@ -103,6 +105,7 @@ class Decision:
     none: float
     field: str
     fallback: bool = False
+    reliable: Mapping[str, float] | None = None
 
     def right(self, answer: int) -> float:
         """p(answer number `answer` is right)."""
@@ -140,10 +143,13 @@ class Decision:
     def weights(self, sources: Sequence[str]) -> dict[str, float]:
         """p(the source's own answer to this prompt is right), of each of `sources`; 0 of one that says nothing.
 
-        Where the outcome falls back: 1 of each, as the papers' sum has it.
+        Where sources score candidates: p(the source is reliable here). Where the outcome falls back: 1 of each, as the
+        papers' sum has it.
         """
         if self.fallback:
             return dict.fromkeys(sources, 1.0)
+        if self.reliable is not None:
+            return {source: self.reliable.get(source, 0.0) for source in sources}
         own = {answer.source: self.right(index) for index, answer in enumerate(self.candidates.answers)}
         return {source: own.get(source, 0.0) for source in sources}
 
@@ -164,7 +170,7 @@ class Outcome:
         estimates: of each source: over all, then by field.
         calibration: of each model's certainty, by bin.
         wrong_labels: estimated share of wrong labels with its interval; None without labels.
-        shared_mistakes: delta; see reliability.
+        shared_mistakes: delta; see reliability. None where sources score candidates.
         findings: what a reader must know; empty where all is well.
     """
 
@@ -174,7 +180,7 @@ class Outcome:
     estimates: tuple[Estimate, ...]
     calibration: tuple[CalibrationRow, ...]
     wrong_labels: Estimate | None
-    shared_mistakes: float
+    shared_mistakes: float | None
     findings: tuple[Finding, ...]
 
     @property
@@ -188,65 +194,67 @@ def decide(
     *,
     equivalence: str = "auto",
     judge: Judge | None = None,
-    most_clusters: int = 12,
+    score: Callable[[Sequence[Candidates]], Sequence[Scores]] | None = None,
+    most_clusters: int = MOST,
     silent: Sequence[str] = (),
     prior: Prior | None = None,
 ) -> Outcome:
-    """Who is right, from answers that can be compared.
+    """Who is right.
 
     Args:
         candidates: all prompts with all answers.
-        equivalence: exact, final, tests or auto. Free text (none) goes through `scored.decide_scored`.
-        judge: runs unit tests, where the equivalence may be "tests".
+        equivalence: exact, final, tests, none or auto.
+        judge: runs unit tests, where the equivalence comes out as "tests".
+        score: scores all answers of all prompts, where it comes out as "none"; without it the outcome falls back there.
         most_clusters: fields to find at most where the data name none.
         silent: sources that were configured and answer nothing (only stored signals, no generation).
         prior: of the EM.
     """
     chosen = choose(equivalence, candidates)
     groupings = groupings_of(chosen.name, candidates, judge)
-    clusters = clusters_of(
-        [one.prompt.sample.plain_text for one in candidates],
-        [one.prompt.sample.skill for one in candidates],
-        most_clusters,
-    )
+    texts = [one.prompt.sample.plain_text for one in candidates]
+    clusters = clusters_of(texts, [one.prompt.sample.skill for one in candidates], most_clusters)
     claims = claims_of(candidates, groupings, clusters.of_prompt)
-    found = fit(claims, prior)
-    return _outcome(candidates, groupings, clusters, claims, found, chosen, silent)
-
-
-def _outcome(
-    candidates: Sequence[Candidates],
-    groupings: Sequence[Grouping],
-    clusters: Clusters,
-    claims: Claims,
-    found: Fit,
-    chosen: Chosen,
-    silent: Sequence[str],
-) -> Outcome:
+    found: Fit | ScoredFit
+    if chosen.name == "none" and score is not None:
+        found = fit_scores(candidates, groupings, score(candidates), clusters.of_prompt, prior=prior)
+        agree = found.agreement
+    else:
+        found, agree = fit(claims, prior), agreement(groupings)
     estimates = estimates_of(claims, found.posterior[claims.group], clusters)
-    findings = _findings(candidates, groupings, estimates, chosen, silent)
-    fallback = any(finding.falls_back for finding in findings)
-    firsts = np.searchsorted(claims.group_prompt, np.arange(len(candidates) + 1))
-    decisions = tuple(
-        Decision(
-            one,
-            grouping.groups,
-            tuple(found.posterior[firsts[index] : firsts[index + 1]].tolist()),
-            float(found.none[index]),
-            clusters.names[int(clusters.of_prompt[index])],
-            fallback,
-        )
-        for index, (one, grouping) in enumerate(zip(candidates, groupings, strict=True))
-    )
+    findings = _findings(candidates, groupings, agree, estimates, chosen, silent)
     return Outcome(
-        decisions,
+        _decisions(candidates, groupings, clusters, claims, found, any(one.falls_back for one in findings)),
         chosen,
         (clusters.names, clusters.given),
         estimates,
         calibration_of(claims, found.posterior[claims.group]),
         wrong_labels(estimates),
-        found.shared,
+        found.shared if isinstance(found, Fit) else None,
         findings,
+    )
+
+
+def _decisions(
+    candidates: Sequence[Candidates],
+    groupings: Sequence[Grouping],
+    clusters: Clusters,
+    claims: Claims,
+    found: Fit | ScoredFit,
+    fallback: bool,
+) -> tuple[Decision, ...]:
+    firsts = np.searchsorted(claims.group_prompt, np.arange(len(candidates) + 1))
+    return tuple(
+        Decision(
+            one,
+            grouping.groups,
+            tuple(found.posterior[firsts[index] : firsts[index + 1]].tolist()),
+            max(0.0, 1.0 - float(found.posterior[firsts[index] : firsts[index + 1]].sum())),
+            clusters.names[int(clusters.of_prompt[index])],
+            fallback,
+            dict(zip(found.models, found.reliable[index].tolist(), strict=True)) if isinstance(found, ScoredFit) else None,
+        )
+        for index, (one, grouping) in enumerate(zip(candidates, groupings, strict=True))
     )
 
 
@@ -311,6 +319,7 @@ def calibration_of(claims: Claims, hit: np.ndarray) -> tuple[CalibrationRow, ...
 def _findings(
     candidates: Sequence[Candidates],
     groupings: Sequence[Grouping],
+    agree: float,
     estimates: Sequence[Estimate],
     chosen: Chosen,
     silent: Sequence[str],
@@ -321,7 +330,6 @@ def _findings(
         for name in silent
     ]
     compared = sum(len(one.answers) > 1 for one in candidates)
-    agree = agreement(groupings)
     known = sum(one.trusted for one in candidates) + sum(grouping.right is not None for grouping in groupings)
     if compared < LEAST_PROMPTS:
         text = f"only {compared} prompts have two answers or more; {LEAST_PROMPTS} are needed to learn who is right"

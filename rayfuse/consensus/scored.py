@@ -54,6 +54,7 @@ class ScoredFit:
         accuracy: a[s,c,b], [S, C, BINS].
         label: rho; NaN without labels.
         temper: of each model [S].
+        agreement: share of the prompts with two answers or more in which two sources put the same one first.
     """
 
     posterior: np.ndarray
@@ -62,6 +63,7 @@ class ScoredFit:
     accuracy: np.ndarray
     label: float
     temper: np.ndarray
+    agreement: float
 
 
 class _Scored:
@@ -135,6 +137,18 @@ class _Scored:
         rho = min(max(rho, 1e-6), 1 - 1e-6)
         return here * np.log(rho) + elsewhere * np.log((1 - rho) / others)
 
+    def agreement(self, q_GS: np.ndarray) -> float:
+        """Share of the prompts in which two sources put the same group first, models by score and labels by saying it."""
+        claims, P = self.claims, len(self.size_P)
+        best_PS = np.zeros(self.says_PS.shape)
+        np.maximum.at(best_PS, self.of_group, q_GS)
+        votes = ((q_GS == best_PS[self.of_group]) & self.says_PS[self.of_group]).sum(1)
+        votes += np.bincount(claims.group[claims.is_label], minlength=len(self.of_group))
+        agreed = np.zeros(P, dtype=bool)
+        np.logical_or.at(agreed, self.of_group, votes > 1)
+        several = np.bincount(claims.prompt, minlength=P) > 1
+        return float(agreed[several].mean()) if several.any() else 0.0
+
     def accuracy(self, reliable_PS: np.ndarray, start_SB: np.ndarray, prior: Prior) -> np.ndarray:
         """a[s,c,b] from how reliable each model was on each prompt."""
         shape = (len(self.claims.sources), int(self.claims.cluster.max(initial=0)) + 1, BINS)
@@ -192,4 +206,5 @@ def fit_scores(
             break
     names = tuple(claims.sources[s] for s in scored.models)
     label = rho if LABEL in claims.sources else float("nan")
-    return ScoredFit(posterior, reliable_PS, names, accuracy[scored.models], label, temper_S)
+    agreement = scored.agreement(scored.shares(temper_S))
+    return ScoredFit(posterior, reliable_PS, names, accuracy[scored.models], label, temper_S, agreement)

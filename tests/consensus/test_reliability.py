@@ -254,6 +254,7 @@ def test_the_recorded_answers_of_crowdkit():
     compare(recorded["rows"], recorded["texts"], recorded)
 
 
+@pytest.mark.slow
 def test_crowdkit_as_it_is_installed():
     pytest.importorskip("crowdkit", reason="pip install crowd-kit")
     from tests.consensus.record_crowdkit import TEXTS, answers_of_crowdkit, simulated_rows
