@@ -17,13 +17,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayfuse.compare import facts
 from rayfuse.consensus.candidates import Answer, Candidates
+from rayfuse.consensus.clusters import k_means
+from rayfuse.consensus.equivalence import Grouping, exact
 from rayfuse.consensus.outcome import decide
 from rayfuse.consensus.outputs import responses
+from rayfuse.consensus.scored import fit_scores
 from rayfuse.data.prompts import Prompt
 from rayfuse.data.sample import Sample
 from rayfuse.quickstart import tiny_models
@@ -134,6 +138,37 @@ def surest(rows: list[dict[str, Any]], answers: dict[str, list[Answer]]) -> list
     return made
 
 
+def choose_free(folder: Path, asked: list[Candidates], truth: dict[str, str]) -> list[tuple[str, float, str]]:
+    """(how, percent of prompts whose chosen text is right, note) where every text is a candidate of its own."""
+    pairs = list(dict.fromkeys((one.prompt.sample.plain_text, a.text) for one in asked for a in one.answers))
+    prompts, texts = [prompt for prompt, _ in pairs], [text for _, text in pairs]
+    by_model = {}
+    for name in (*EXPERTS, "pivot"):
+        model = Model(folder / name)
+        rows = [{"prompt": prompt, "response": text} for prompt, text in pairs]
+        lengths = [len(sample.response) for sample in tiny_models.encode(model.tokenizer, rows)]
+        means = model.certainties(prompts, texts)
+        by_model[name] = {pair: mean * n for pair, mean, n in zip(pairs, means, lengths, strict=True)}
+    scores = [
+        {(name, a.text): of[one.prompt.sample.plain_text, a.text] for name, of in by_model.items() for a in one.answers}
+        for one in asked
+    ]
+    clusters = k_means([one.prompt.sample.plain_text for one in asked], 12)
+    made = []
+    for merged in (True, False):
+        groupings = [exact(one) if merged else Grouping(tuple(range(len(one.answers)))) for one in asked]
+        for temper in (1.0, None):
+            found = fit_scores(asked, groupings, scores, clusters, temper=temper)
+            firsts = np.cumsum([0, *(grouping.count for grouping in groupings)])
+            right = 0
+            for index, (one, grouping) in enumerate(zip(asked, groupings, strict=True)):
+                best = int(found.posterior[firsts[index] : firsts[index + 1]].argmax())
+                right += one.answers[grouping.groups.index(best)].text == truth[one.prompt.sample.plain_text]
+            how = f"{'equal texts merged' if merged else 'no two equal'}, temper {'learnt' if temper is None else 1}"
+            made.append((how, 100 * right / len(asked), f"rho {found.label:.2f}, tempers {found.temper.tolist()}"))
+    return made
+
+
 def score(model: Model, held_out: list[dict[str, Any]]) -> float:
     """Percent of held-out questions answered."""
     given = model.answers([row["prompt"] for row in held_out])
@@ -158,6 +193,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of world, labels and student")
     parser.add_argument("--steps", type=int, default=400, help="of 32 samples")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of the student")
+    parser.add_argument("--free", action="store_true", help="only choose, as if no two answers could be compared")
     parser.add_argument("--models", action="store_true", help="only make the models and say how good they are")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -186,7 +222,7 @@ def run_seed(folder: Path, seed: int, arguments: argparse.Namespace, lines: dict
             json.dumps({"world": folder.name, "method": method, "points": round(points, 2), "note": note}), flush=True
         )
 
-    for name in (*EXPERTS, "pivot"):
+    for name in () if arguments.free else (*EXPERTS, "pivot"):
         model = Model(folder / name)
         for field in facts.FIELDS:
             add(f"{name} on {field}", score(model, [row for row in held_out if row["skill"] == field]))
@@ -200,6 +236,12 @@ def run_seed(folder: Path, seed: int, arguments: argparse.Namespace, lines: dict
         said = f"{len(rows)} texts, {100 * right / max(1, len(rows)):.1f}% right{note}"
         add(method, score(Model(folder / "pivot").learn(rows, arguments.steps, arguments.rate, seed), held_out), said)
 
+    if arguments.free:
+        for setting in arguments.settings:
+            asked_of = candidates(facts.labelled(world, seed, **SETTINGS[setting]), answers)  # type: ignore[arg-type]
+            for how, points, note in choose_free(folder, asked_of, truth):
+                add(f"{setting}: {how}", points, note)
+        return
     student("SFT on clean labels, all prompts", train)
     student("SFT on the surest teacher's answers", surest(train, answers))
     for setting in arguments.settings:

@@ -169,6 +169,19 @@ def write(folder: Path, outcome: Outcome, keep: float, counts: DataCounts, model
     _write_lines(folder / "choices.jsonl", rows)
 
 
+def summary(output: Path) -> dict[str, Any]:
+    """The summary of a run's consensus, from its folder.
+
+    Raises:
+        DataError: the run has none.
+    """
+    path = output / FOLDER / "summary.json"
+    if not path.exists():
+        raise DataError(f"{output} has no consensus: its configuration has no `consensus` section, or it was not run")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
 def summary_of(outcome: Outcome, keep: float, counts: DataCounts) -> dict[str, Any]:
     """The summary, as JSON holds it."""
     chosen = [decision.chosen(keep) for decision in outcome.decisions]

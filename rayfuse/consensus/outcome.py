@@ -221,14 +221,17 @@ def decide(
         agree = found.agreement
     else:
         found, agree = fit(claims, prior), agreement(groupings)
-    estimates = estimates_of(claims, found.posterior[claims.group], clusters)
+    hit = found.posterior[claims.group]
+    if isinstance(found, ScoredFit):
+        hit = found.hits(claims)
+    estimates = estimates_of(claims, hit, clusters)
     findings = _findings(candidates, groupings, agree, estimates, chosen, silent)
     return Outcome(
         _decisions(candidates, groupings, clusters, claims, found, any(one.falls_back for one in findings)),
         chosen,
         (clusters.names, clusters.given),
         estimates,
-        calibration_of(claims, found.posterior[claims.group]),
+        calibration_of(claims, hit),
         wrong_labels(estimates),
         found.shared if isinstance(found, Fit) else None,
         findings,
@@ -252,7 +255,7 @@ def _decisions(
             max(0.0, 1.0 - float(found.posterior[firsts[index] : firsts[index + 1]].sum())),
             clusters.names[int(clusters.of_prompt[index])],
             fallback,
-            dict(zip(found.models, found.reliable[index].tolist(), strict=True)) if isinstance(found, ScoredFit) else None,
+            found.of_prompt(index) if isinstance(found, ScoredFit) else None,
         )
         for index, (one, grouping) in enumerate(zip(candidates, groupings, strict=True))
     )
@@ -341,7 +344,13 @@ def _findings(
         )
         findings.append(Finding("no agreement", f"{text}; {back}", agree, True))
     label = next((one for one in estimates if one.source == LABEL and not one.field), None)
-    if label is not None and label.right < LEAST_RIGHT_LABELS and not findings[len(silent) :]:
+    if label is not None and chosen.name == "none":
+        text = (
+            f"answers cannot be compared ({chosen.reason}): a right label in other words than the right answer counts "
+            f"as wrong, so that {1 - label.right:.0%} of wrong labels is an upper bound"
+        )
+        findings.append(Finding("free text", text, 1 - label.right))
+    elif label is not None and label.right < LEAST_RIGHT_LABELS and not findings[len(silent) :]:
         text = (
             f"{1 - label.right:.0%} of {label.answers} labels seem to be wrong: more likely labels and answers are "
             "of different forms (set the equivalence), or the models share a mistake"

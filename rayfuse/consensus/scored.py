@@ -5,14 +5,15 @@ q_s = softmax over the candidates of temper_s * l_s. It is reliable on this prom
 and bin of the certainty of its own answer, as in `reliability`), else it knows nothing:
 
     log p(t) = sum over s of log( a q_s(t) + (1 - a) / |C| )
-             + sum over labels of log rho where the label is t, log((1 - rho) / (|C| - 1)) else
+             + sum over labels of log r where the label is t, log((1 - r) / (|C| - 1)) else,  r = max(rho, 1 / |C|)
 
     a from the posterior's share of a q / (a q + (1 - a) / |C|), smoothed as in `reliability`; rho as there;
     temper_s, where it is learnt, from TEMPERS by the largest expected log-likelihood
 
 There is no "none of them": the candidates of a prompt always add up to 1. Equal texts are one candidate, and answers
 that an equivalence finds equal are one too (its score: the sum of their probabilities). Candidates that only look
-different share their support, so that the accuracy of labels is underestimated where all texts are free.
+different share their support, so that the accuracy of labels is underestimated where all texts are free; r keeps a
+label from counting against its own text for that reason.
 """
 
 from __future__ import annotations
@@ -65,6 +66,18 @@ class ScoredFit:
     temper: np.ndarray
     agreement: float
 
+    def hits(self, claims: Claims) -> np.ndarray:
+        """p(right) of each claim [N]; a model's is how reliable it is there: others say the same in other words."""
+        column = {claims.sources.index(name): s for s, name in enumerate(self.models)}
+        hit = self.posterior[claims.group].copy()
+        own = ~claims.is_label
+        hit[own] = self.reliable[claims.prompt[own], [column[int(s)] for s in claims.source[own]]]
+        return hit
+
+    def of_prompt(self, index: int) -> dict[str, float]:
+        """How reliable each model is on one prompt."""
+        return dict(zip(self.models, self.reliable[index].tolist(), strict=True))
+
 
 class _Scored:
     """Scores as arrays, and the steps of the EM over them.
@@ -83,8 +96,8 @@ class _Scored:
         self.scores_GS = np.full((G, S), -np.inf)
         first = 0
         for one, grouping, of_prompt in zip(candidates, groupings, scores, strict=True):
-            group_of = {answer.text: g for answer, g in zip(one.answers, grouping.groups, strict=True)}
-            for text, group in group_of.items():
+            texts = [answer.text for answer in one.answers]
+            for text, group in dict.fromkeys(zip(texts, grouping.groups, strict=True)):
                 for column, s in enumerate(self.models):
                     value = of_prompt.get((claims.sources[s], text), -np.inf)
                     there = self.scores_GS[first + group, column]
@@ -133,12 +146,12 @@ class _Scored:
         claims, labels = self.claims, self.claims.is_label
         here = np.bincount(claims.group[labels], minlength=len(self.of_group))
         elsewhere = np.bincount(claims.prompt[labels], minlength=len(self.size_P))[self.of_group] - here
-        others = np.maximum(self.size_P[self.of_group] - 1, 1)
-        rho = min(max(rho, 1e-6), 1 - 1e-6)
-        return here * np.log(rho) + elsewhere * np.log((1 - rho) / others)
+        size = self.size_P[self.of_group]
+        right = np.clip(np.maximum(rho, 1 / size), 1e-6, 1 - 1e-6)
+        return here * np.log(right) + elsewhere * np.log((1 - right) / np.maximum(size - 1, 1))
 
     def agreement(self, q_GS: np.ndarray) -> float:
-        """Share of the prompts in which two sources put the same group first, models by score and labels by saying it."""
+        """Share of the prompts in which two sources put the same group first: models by score, labels by saying it."""
         claims, P = self.claims, len(self.size_P)
         best_PS = np.zeros(self.says_PS.shape)
         np.maximum.at(best_PS, self.of_group, q_GS)
