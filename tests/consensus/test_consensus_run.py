@@ -1,17 +1,20 @@
 """`recipe: experts` from end to end on an embedded Ray: asked through replicas, decided, written, learnt, resumed."""
 
 import json
+from html import escape
 from random import Random
 
 import pytest
 import ray
+from rich.console import Console
 
 from rayfuse.check.data import check_data
 from rayfuse.compare import facts
 from rayfuse.config import parse_config
+from rayfuse.consensus.inspection import labels_table
 from rayfuse.consensus.make import summary
 from rayfuse.data.rows import read_preferences, read_samples
-from rayfuse.errors import ConfigError
+from rayfuse.errors import ConfigError, DataError
 from rayfuse.quickstart import tiny_models
 from rayfuse.run.fuse import fuse
 
@@ -46,7 +49,7 @@ def knowing(tmp_path_factory):
 
 
 def tree(root, output, **changes):
-    teacher = {"dtype": "float32", "cpus": 1, "replicas": {"idle_s": 5}, "parity": False}
+    teacher = {"dtype": "float32", "cpus": 1, "replicas": {"idle_s": 60}, "parity": False}
     made = {
         "recipe": "experts",
         "student": {"model": str(root / "pivot")},
@@ -56,7 +59,7 @@ def tree(root, output, **changes):
             {"method": "sft", "steps": 4, "batch_size": 16, "learning_rate": 1e-3},
             {"method": "infifpo", "steps": 2, "batch_size": 16, "learning_rate": 1e-5},
         ],
-        "consensus": {"max_new_tokens": 12, "replicas": {"idle_s": 5}},
+        "consensus": {"max_new_tokens": 12, "replicas": {"idle_s": 60}},
         "output": str(output),
         "signals": {"k": 5},
     }
@@ -197,3 +200,21 @@ def test_check_reads_rows_without_labels(knowing, tmp_path):
     findings = list(check_data(parse_config(tree(knowing, tmp_path))))
     assert [finding.fault for finding in findings] == [False]
     assert "of the first 160 prompts have a label, 0 a trusted one" in findings[0].text
+
+
+def test_the_report_and_inspect_show_them(run):
+    page = (run / "report.html").read_text()
+    assert "<h2>Who is right</h2>" in page
+    doubtful = rows_of(run, "labels")
+    assert escape(doubtful[0]["prompt"]) in page
+    console = Console(width=200, record=True)
+    console.print(labels_table(run, 2))
+    text = console.export_text()
+    assert f"2 of {len(doubtful)} doubtful labels" in text
+    assert doubtful[0]["prompt"] in text
+    assert doubtful[2]["prompt"] not in text
+
+
+def test_a_run_without_a_consensus_has_no_list(tmp_path):
+    with pytest.raises(DataError, match="has no consensus"):
+        labels_table(tmp_path, 5)
