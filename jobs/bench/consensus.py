@@ -48,8 +48,8 @@ class World:
 WORLDS = {"f0": World(0.15, 0.3, 0.0), "f1": World(0.4, 0.3, 0.15), "f2": World(0.25, 0.3, 0.4)}
 
 
-def make_models(world: World, folder: Path, seed: int) -> None:
-    """Train the four models of a world where they are not there yet."""
+def make_models(world: World, folder: Path, seed: int, steps: int) -> None:
+    """Train the four models of a world, for `steps` of 32 samples, where they are not there yet."""
     made = facts.facts(seed)
     texts = [f"{row['prompt']}\n{row['response']}" for split in ("train", "heldout") for row in facts.rows(made, split)]
     for number, name in enumerate((*EXPERTS, "pivot")):
@@ -64,7 +64,7 @@ def make_models(world: World, folder: Path, seed: int) -> None:
         tokenizer = tiny_models.make_tokenizer(tiny_models.STYLES[name], texts)
         model = tiny_models.make_model(tokenizer, 10 * seed + number, hidden=64, layers=2)
         Random(seed).shuffle(taught)
-        tiny_models.train(model, tiny_models.encode(tokenizer, taught), steps=1000, batch=32, learning_rate=4e-3)
+        tiny_models.train(model, tiny_models.encode(tokenizer, taught), steps=steps, batch=32, learning_rate=4e-3)
         tiny_models.save(model, tokenizer, folder / name)
         print(f"{folder.name}/{name}: made in {time.process_time() - begun:.0f} s of processor time", flush=True)
 
@@ -195,13 +195,16 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of the student")
     parser.add_argument("--free", action="store_true", help="only choose, as if no two answers could be compared")
     parser.add_argument("--models", action="store_true", help="only make the models and say how good they are")
+    parser.add_argument("--quick", action="store_true", help="hardly any training: only to see that it runs")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.seeds, arguments.settings, arguments.steps = [0], ["30% wrong"], 10
     torch.set_num_threads(1)
     for name in arguments.worlds:
         lines: dict[str, list[tuple[float, str]]] = {}
         for seed in arguments.seeds:
             folder = arguments.cache / f"{name}-{seed}"
-            make_models(WORLDS[name], folder, seed)
+            make_models(WORLDS[name], folder, seed, 30 if arguments.quick else 1000)
             run_seed(folder, seed, arguments, lines)
         for method, of_seeds in lines.items():
             points = [points for points, _ in of_seeds]
