@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from rayfuse import cluster
-from rayfuse.config import Model, Teacher
+from rayfuse.config import Data, Model, Teacher
 from rayfuse.consensus.candidates import Answer, Candidates
 from rayfuse.consensus.scored import Scores
 from rayfuse.data.sample import Sample
@@ -36,7 +36,7 @@ class Panel:
     Attributes:
         authors: who answers, greedily and once.
         student, teachers: models of the run; a response to learn from is one that all of them can read.
-        max_length: student tokens of prompt and response together.
+        data: longest prompt and response together, and what to do with longer ones.
         signals: URL of the signal store.
         on_missing: "wait" or "fail", where a model is gone for longer than its patience.
     """
@@ -44,7 +44,7 @@ class Panel:
     authors: tuple[Author, ...]
     student: Model
     teachers: tuple[Teacher, ...]
-    max_length: int
+    data: Data
     signals: str
     on_missing: str
 
@@ -56,7 +56,7 @@ class Panel:
             store=self.signals,
             k=None,
             alignment="bytes",
-            max_length=self.max_length,
+            max_length=self.data.max_length,
             targets=("responses",),
             on_missing=self.on_missing,
         )
@@ -86,7 +86,7 @@ def _with_faults(panel: Panel, unit: Sequence[Candidates]) -> list[Candidates]:
     }
     sizes = measure(panel.student, panel.teachers, list(samples.values())) if samples else []
     faults = {
-        place: "unreadable" if size.fault else "too long" if size.total > panel.max_length else ""
+        place: "too long" if size.is_cut(panel.data) else "unreadable" if size.fault else ""
         for place, size in zip(samples, sizes, strict=True)
     }
     return [

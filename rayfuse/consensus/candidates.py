@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayfuse.config import Data
-from rayfuse.data.prompts import Prompt, prompts_of_row
-from rayfuse.data.rows import read_parsed, samples_of_row
+from rayfuse.data.forms import open_row
+from rayfuse.data.prompts import Prompt, prompts_of
+from rayfuse.data.rows import Parse, read_parsed
 from rayfuse.data.sample import DataCounts
 from rayfuse.errors import DataError
 
@@ -71,42 +72,42 @@ class Candidates:
 def read_candidates(data: Data, *, first: int | None = None) -> tuple[list[Candidates], DataCounts]:
     """The prompts of a data set with their labels, in its order; rows of one prompt become one.
 
+    The weights of several data sets do not count.
+
     Args:
         data: where it is, and what to do with a malformed row.
-        first: read at most this many rows.
+        first: read at most this many rows of each data set.
 
     Raises:
         DataError: it cannot be read; a row is malformed and `on_bad_row` is "error"; two trusted rows of one prompt
             differ.
     """
-    rows, counts = read_parsed(data, first, candidates_of_row)
-    return merged(rows), replace(counts, samples=len({row.prompt.sample.key for row in rows}))
+    rows, counts = read_parsed(data, first, parse_candidates)
+    prompts = merged(rows)
+    return prompts, replace(counts, samples=len(prompts))
 
 
-def candidates_of_row(row: Any) -> list[Candidates]:
-    """The prompts of a row, each with its label where it has one.
+def parse_candidates(row: Any, columns: Mapping[str, str]) -> Parse[Candidates]:
+    """The prompts of one row of any form, each with its label where it has one.
 
-    The label is the assistant's turn or `response`; a row that has neither, but an `answer`, has that. `trusted: true`
-    says that it is known to be right.
+    The label is the response, or else the reference `answer`. `trusted: true` says that it is known to be right.
 
     Raises:
         DataError: the row has no form that data have, or is trusted and has no label.
     """
-    prompts = prompts_of_row(row)
-    assert isinstance(row, Mapping)  # else prompts_of_row has refused it
-    trusted = row.get("trusted") or False
+    held = open_row(row, columns)
+    trusted = held.take(["trusted"]) or False
     if not isinstance(trusted, bool):
         raise DataError(f"'trusted' must be true or false, not {trusted!r:.60}")
-    answered = row.get("response") or (row.get("messages") and row["messages"][-1]["role"] == "assistant")
-    labels = (
-        [sample.response for sample in samples_of_row(row)] if answered else [row.get("answer") or ""] * len(prompts)
-    )
+    prompts, conversation = prompts_of(held, "")
+    labels = [prompt.response or prompt.answer for prompt in prompts]
     if trusted and not all(labels):
-        raise DataError("a trusted row needs a label: 'response', 'answer', or an assistant's turn")
-    return [
+        raise DataError("a trusted row needs a label: a response, or an answer")
+    found = [
         Candidates(prompt, (Answer(LABEL, label),) if label else (), trusted)
         for prompt, label in zip(prompts, labels, strict=True)
     ]
+    return Parse(found, conversation.form, conversation.unread, conversation.calling_turns)
 
 
 def merged(rows: Sequence[Candidates]) -> list[Candidates]:

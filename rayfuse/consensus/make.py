@@ -53,7 +53,7 @@ def make_consensus(config: Config, settings: Consensus, console: Console) -> Out
         authors,
         config.student,
         config.teachers,
-        config.data.max_length,
+        config.data,
         config.store_url,
         "wait" if config.serving.on_missing == "wait" else "fail",
     )

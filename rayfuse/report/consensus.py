@@ -15,7 +15,11 @@ EXAMPLES = 12
 def doubtful_labels(output: Path) -> list[dict[str, Any]]:
     """Labels of a run that are probably wrong, the most doubtful first; none where it has no consensus."""
     path = output / "consensus" / "labels.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+        if path.exists()
+        else []
+    )
 
 
 def consensus_section(found: dict[str, Any], doubtful: Sequence[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rayfuse.config import Data
-from rayfuse.consensus.candidates import LABEL, Answer, candidates_of_row, read_candidates
+from rayfuse.consensus.candidates import LABEL, Answer, parse_candidates, read_candidates
 from rayfuse.errors import DataError
 
 
@@ -39,7 +39,7 @@ def read(tmp_path, rows, **settings):
     ],
 )
 def test_a_row_gives_its_prompts_and_labels(row, labels):
-    found = candidates_of_row(row)
+    found = parse_candidates(row, {}).items
     assert [one.labels[0].text if one.labels else None for one in found] == labels
     assert all(one.prompt.sample.response == "" for one in found)
     assert len(found[-1].prompt.sample.messages) == 2 * len(labels) - 1
