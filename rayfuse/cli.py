@@ -157,6 +157,17 @@ def inspect_align(
     make_console().print(alignment_view(load_tokenizer(resolved.student), teachers, text))
 
 
+@inspect_app.command("labels")
+def inspect_labels(
+    run: Annotated[Path, typer.Argument(help="folder of a run with a `consensus`", show_default=False)],
+    first: Annotated[int, typer.Option(help="how many to show; 0: all")] = 30,
+) -> None:
+    """List the labels of a run's data that are probably wrong, the most doubtful first."""
+    from rayfuse.consensus.inspection import labels_table
+
+    Console().print(labels_table(run, first))
+
+
 @contextmanager
 def errors_shown() -> Iterator[None]:
     """Errors that rayfuse raises on purpose become one message and exit status 1; all that is printed is printable."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rayfuse.check.finding import Finding
 from rayfuse.config import Config, Data, RewardModel, UnitTests
+from rayfuse.consensus.candidates import merged, parse_candidates
+from rayfuse.consensus.outcome import LEAST_PROMPTS
 from rayfuse.data.rows import Part, compared_parser, parse_samples, read_parts, read_samples
 from rayfuse.data.sample import DataCounts, Sample, add_counts
 from rayfuse.errors import AlignmentError, DataError, ModelError, TeacherError
@@ -39,6 +41,9 @@ def fits(size: Size, data: Data) -> bool:
 
 def check_data(config: Config) -> Iterator[Finding]:
     """The rows can be read, and every model reads the first samples, as the run itself will."""
+    if config.consensus is not None:
+        yield from _check_candidates(config)
+        return
     parts = read_parts(config.data, FIRST_ROWS, parse_samples)
     yield from _as_read("data", parts)
     samples = [sample for part in parts for sample in part.items]
@@ -46,10 +51,33 @@ def check_data(config: Config) -> Iterator[Finding]:
     yield from _check_samples(config, "data", config.data, samples[:FIRST_SAMPLES], counts)
 
 
+def _check_candidates(config: Config) -> Iterator[Finding]:
+    """The same where a consensus reads the data: rows may lack a response, and must be enough to learn from."""
+    parts = read_parts(config.data, FIRST_ROWS, parse_candidates)
+    yield from _as_read("data", parts)
+    prompts = merged([item for part in parts for item in part.items])
+    counts = add_counts([part.counts for part in parts])
+    samples = [one.prompt.answered(one.labels[0].text if one.labels else "") for one in prompts[:FIRST_SAMPLES]]
+    yield from _check_samples(config, "data", config.data, samples, counts)
+    labels, trusted = sum(bool(one.labels) for one in prompts), sum(one.trusted for one in prompts)
+    yield Finding(
+        "consensus", f"{labels:,} of the first {len(prompts):,} prompts have a label, {trusted:,} a trusted one", False
+    )
+    for teacher in config.teachers:
+        if teacher.stored is not None:
+            yield Finding(
+                "consensus", f"{teacher.name} is only its stored signals: it answers nothing, its weight is 0", False
+            )
+    if len(prompts) < LEAST_PROMPTS:
+        text = f"{len(prompts)} prompts are too few to learn who is right ({LEAST_PROMPTS} are needed)"
+        yield Finding("consensus", f"{text}: the labels are learnt as they are", False)
+
+
 def check_preferences(config: Config) -> Iterator[Finding]:
     """The same for the preference pairs, where a stage learns from them."""
+    if config.preferences is None:  # a consensus makes the pairs
+        return
     for sides in sorted({stage.sides for stage in config.stages if stage.sides}):
-        assert config.preferences is not None
         parts = read_parts(config.preferences, FIRST_ROWS, compared_parser(sides))
         yield from _as_read("preferences", parts)
         groups = [group for part in parts for group in part.items][:FIRST_SAMPLES]

@@ -57,7 +57,7 @@ def connect(config: Config) -> bool:
 def _local_cpus(config: Config) -> int:
     merges = [merge for stage in config.stages if (merge := getattr(stage, "merge", None))]
     at_once = max([min(merge.parallel or 1, len(config.teachers)) for merge in merges], default=1)
-    students = max(at_once * _student_cpus(config.student), _prefer_cpus(config))
+    students = max(at_once * _student_cpus(config.student), _prefer_cpus(config), _consensus_cpus(config))
     return max(os.cpu_count() or 1, math.ceil(_teacher_cpus(config) + students + SERVE_OVERHEAD_CPUS))
 
 
@@ -75,6 +75,15 @@ def _prefer_cpus(config: Config) -> float:
     return config.student.cpus * config.prefer.replicas.max + judges + tasks
 
 
+def _consensus_cpus(config: Config) -> float:
+    """What the consensus needs besides the teachers: the pivot answers and tests run, while no student trains."""
+    settings = config.consensus
+    if settings is None:
+        return 0.0
+    pivot = config.student.cpus * settings.replicas.max if settings.pivot else 0.0
+    return pivot + settings.tests.cpus * settings.tests.workers + settings.in_flight * PREPARE_CPUS
+
+
 def _student_cpus(student: Student) -> float:
     return student.workers * (student.cpus + student.prefetch * PREPARE_CPUS)
 
@@ -85,7 +94,7 @@ def shortage(config: Config) -> str:
     With serving.mode first, teachers and student follow each other. Room on single nodes is not looked at.
     """
     there, student = ray.cluster_resources(), config.student
-    asked = any(stage.uses_teachers for stage in config.stages)
+    asked = config.consensus is not None or any(stage.uses_teachers for stage in config.stages)
     live = [teacher for teacher in config.teachers if asked and teacher.stored is None]
     first = config.serving.mode == "first"
     of_students = {"cpus": _student_cpus(student), "gpus": student.workers * student.gpus}

@@ -15,6 +15,7 @@ The shortest run:
 
 from __future__ import annotations
 
+from rayfuse.config.consensus import Consensus
 from rayfuse.config.data import Benchmark, Data, Signals
 from rayfuse.config.endpoint import Endpoint, Stored
 from rayfuse.config.environment import RuntimeEnv
@@ -55,6 +56,7 @@ __all__ = [
     "ByteKD",
     "Cluster",
     "Config",
+    "Consensus",
     "Data",
     "Distillation",
     "Dtype",

@@ -22,6 +22,7 @@ COLUMNS = (
     "answer",
     "tests",
     "skill",
+    "trusted",
 )
 """Columns that rayfuse reads, by their own names."""
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rayfuse.config.consensus import Consensus
 from rayfuse.config.data import Benchmark, Data, Signals
 from rayfuse.config.models import Model, Student
 from rayfuse.config.prefer import Prefer
@@ -29,9 +30,17 @@ RESERVED_NAMES = ("model", "checkpoints", "initial", "pivot")
 """Names that stages and tables use themselves."""
 
 
+PAIR = ("chosen", "rejected")
+"""The sides of the pairs that a consensus makes."""
+
+
 class Config(Section):
     """One run, from data to fused model."""
 
+    recipe: Literal["experts"] | None = Field(
+        None,
+        description="experts: find out who is right (`consensus`) and learn that (`stages`: sft, where none are named)",
+    )
     student: Student
     teachers: tuple[Teacher, ...] = ()
     data: Data
@@ -39,6 +48,9 @@ class Config(Section):
         None, description="rows of chosen and rejected (and prompt), for the stages that learn from preferences"
     )
     prefer: Prefer | None = Field(None, description="preference or training data to make with `rayfuse prefer`")
+    consensus: Consensus | None = Field(
+        None, description="find out which labels and answers are right, and learn those; {} for the defaults"
+    )
     stages: tuple[AnyStage, ...]
     output: NewPlace = Field(min_length=1, description="run folder, on a file system that every node sees")
     signals: Signals = Signals()
@@ -46,6 +58,15 @@ class Config(Section):
     serving: Serving = Serving()
     cluster: Cluster = Cluster()
     seed: int = Field(0, ge=0, description="order of the units; with config, data and world size it fixes the result")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _recipe_opened(cls, value: Any) -> Any:
+        """A recipe's sections, where the file does not write them itself."""
+        if isinstance(value, dict) and value.get("recipe") == "experts":
+            opened = {"consensus": {}, "stages": ["sft"]}
+            return {**value, **{key: section for key, section in opened.items() if value.get(key) is None}}
+        return value
 
     @field_validator("output")
     @classmethod
@@ -88,6 +109,8 @@ class Config(Section):
             where = f"stages.{index} ({stage.method})"
             section = "preferences" if stage.uses_preferences else "data"
             data = self.preferences if section == "preferences" else self.data
+            if data is None and self.consensus is not None and stage.sides == PAIR:
+                data = self.data  # the pairs are made from it
             if data is None:
                 raise ValueError(f"{where} needs `preferences`: rows of prompt, {', '.join(stage.sides)}")
             units, rest = divmod(stage.batch_size, data.unit_size)
@@ -106,6 +129,13 @@ class Config(Section):
                 raise ValueError(f"{where} merges a student per teacher, and needs two teachers or more (there is 1)")
             if isinstance(stage, Distillation) and stage.k is not None and stage.k > self.signals.k:
                 raise ValueError(f"{where}: k {stage.k} is more than signals.k {self.signals.k}")
+        return self
+
+    @model_validator(mode="after")
+    def _consensus_is_possible(self) -> Config:
+        if self.consensus is not None and all(teacher.stored is not None for teacher in self.teachers):
+            have = "there are none" if not self.teachers else "all of them are only their stored signals"
+            raise ValueError(f"consensus needs a teacher that answers prompts; {have}")
         return self
 
     @model_validator(mode="after")

@@ -27,11 +27,13 @@ class Prompt:
         sample: the messages, with an empty response; its key names the prompt.
         answer: the reference answer, empty where the row has none.
         tests: pieces of Python that check a program.
+        response: what the row responds to it, in its own words; empty where the row has no response.
     """
 
     sample: Sample
     answer: str = ""
     tests: tuple[str, ...] = ()
+    response: str = ""
 
     def answered(self, response: str) -> Sample:
         """The prompt with a response."""
@@ -52,7 +54,7 @@ def read_prompts(data: Data, needs: str = "", *, first: int | None = None) -> tu
 
     def parse(row: Any, columns: Mapping[str, str]) -> Parse[Prompt]:
         held = open_row(row, columns)
-        prompts, conversation = _prompts(held, needs)
+        prompts, conversation = prompts_of(held, needs)
         return Parse(prompts, conversation.form, conversation.unread, conversation.calling_turns)
 
     return read_parsed(data, first, parse)
@@ -68,10 +70,11 @@ def prompts_of_row(row: Any, needs: str = "", columns: Mapping[str, str] | None 
     Raises:
         DataError: the row is of no such form, or lacks what is needed.
     """
-    return _prompts(open_row(row, columns), needs)[0]
+    return prompts_of(open_row(row, columns), needs)[0]
 
 
-def _prompts(row: Row, needs: str) -> tuple[list[Prompt], Conversation]:
+def prompts_of(row: Row, needs: str) -> tuple[list[Prompt], Conversation]:
+    """The prompts of an opened row, see prompts_of_row, and the conversation that they are taken from."""
     answer = _answer(row)
     tests = row.take(["tests"]) or ()
     tests = tuple(text_of(test, "'tests'") for test in ([tests] if isinstance(tests, str) else _list(tests)))
@@ -79,10 +82,10 @@ def _prompts(row: Row, needs: str) -> tuple[list[Prompt], Conversation]:
     if conversation.turns[-1].role == "assistant":
         # A row of one prompt is asked once; only of a conversation each assistant turn is a prompt.
         samples = conversation.samples()[-1:] if conversation.given else conversation.samples()
-        prompts = [Prompt(replace(sample, response=""), sample.response) for sample in samples]
+        prompts = [Prompt(replace(sample, response=""), response=sample.response) for sample in samples]
     else:
         prompts = [Prompt(Sample(conversation.messages, "", conversation.skill, conversation.tools))]
-    prompts = [Prompt(prompt.sample, answer or prompt.answer, tests) for prompt in prompts]
+    prompts = [replace(prompt, answer=answer or prompt.response, tests=tests) for prompt in prompts]
     if needs == "answer" and not all(prompt.answer for prompt in prompts):
         raise DataError(f"the judge compares with a row's 'answer' or 'response'; it has {row.names}")
     if needs == "tests" and not tests:

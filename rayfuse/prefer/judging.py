@@ -15,9 +15,9 @@ from rayfuse.data.prompts import Prompt
 from rayfuse.data.sample import Sample
 from rayfuse.errors import RayfuseError
 from rayfuse.evaluation.judges import JudgeActor
-from rayfuse.prefer.answers import Author, answers_of
 from rayfuse.prefer.selection import Response
 from rayfuse.prepare.measure import measure
+from rayfuse.teachers.answers import Author, answers_of
 
 
 def judged(

@@ -29,11 +29,11 @@ from rayfuse.data.sample import DataCounts
 from rayfuse.errors import ConfigError, DataError
 from rayfuse.files import write_whole
 from rayfuse.metrics.live import PLAIN_EVERY_S
-from rayfuse.prefer.answers import AnswerStore, Author, Sampling
 from rayfuse.prefer.judging import judged
 from rayfuse.prefer.selection import Response, Rows, rows_of_prompt
 from rayfuse.prepare.units import form_units
 from rayfuse.report.terminal import make_console
+from rayfuse.teachers.answers import AnswerStore, Author, Sampling
 from rayfuse.teachers.identity import identify
 from rayfuse.teachers.serving import applications
 

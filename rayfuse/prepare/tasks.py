@@ -17,7 +17,7 @@ from rayfuse.teachers.identity import IdentifiedTeacher
 
 
 @lru_cache(maxsize=8)
-def _preparer(spec: PrepareSpec) -> Preparer:
+def preparer(spec: PrepareSpec) -> Preparer:
     """One preparer per process and stage: Ray reuses the processes of tasks, so tokenizers load once."""
     if not spec.teachers:
         return Preparer(spec, _no_teacher)
@@ -41,12 +41,12 @@ def prepare_unit(spec: PrepareSpec, units: list[list[Sample]], index: int, after
     `after` is the batch of the same unit from the epoch before, where that is still in preparation: Ray waits for it,
     so that this task finds the teachers' answers in the store instead of asking again.
     """
-    return _preparer(spec)(units[index])
+    return preparer(spec)(units[index])
 
 
 @ray.remote
 def fill_unit(spec: PrepareSpec, units: list[list[Sample]], index: int) -> dict[str, float]:
     """The teachers' signals of unit `index` of a block, put into the store; what it took."""
     stats: dict[str, float] = {}
-    _preparer(spec).signals(units[index], stats)
+    preparer(spec).signals(units[index], stats)
     return stats

@@ -16,6 +16,7 @@ from rayfuse.config.public import public_name
 from rayfuse.metrics.records import read_metrics
 from rayfuse.report import charts
 from rayfuse.report.charts import SERIES, Curve, Dot, Part
+from rayfuse.report.consensus import consensus_section, doubtful_labels
 from rayfuse.report.results import ALL, BITS, best, caveat, columns, headline, result_table, score
 
 __all__ = ["result_table", "write_report"]
@@ -41,6 +42,7 @@ def write_report(output: Path) -> Path:
     sections = [
         _section("Result", _result_section(models, config)),
         _section("Accuracy" if _generated(models) else "Bits per byte", _dots_section(models)),
+        _section("Who is right", consensus_section(results.get("consensus", {}), doubtful_labels(output))),
         _section("Loss", _loss_section(stages)),
         _section("Where the tokens meet", _aligned_section(stages)),
         _section("What the teachers were asked", _asked_section(stages)),

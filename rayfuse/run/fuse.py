@@ -2,6 +2,7 @@
 
 OUTPUT/config.json            the resolved configuration, written before anything starts
 OUTPUT/metrics.jsonl          one record per optimiser step
+OUTPUT/consensus/             who is right, and the responses to learn from (with a `consensus` section)
 OUTPUT/signals/               the teachers' answers (unless signals.store says otherwise)
 OUTPUT/stages/01-sft/         checkpoints, and the stage's model in float32
 OUTPUT/model/                 the fused model, complete, in Hugging Face format
@@ -23,6 +24,7 @@ from rayfuse import cluster
 from rayfuse.check.data import check_evaluation
 from rayfuse.check.machine import check_environments, check_machine, check_serving
 from rayfuse.config import Config, TeacherStage
+from rayfuse.consensus.make import summary
 from rayfuse.errors import ConfigError
 from rayfuse.evaluation.models import evaluate_all
 from rayfuse.files import folder_whole, write_whole
@@ -30,6 +32,7 @@ from rayfuse.metrics.live import LiveLine
 from rayfuse.report.card import write_card
 from rayfuse.report.page import write_report
 from rayfuse.report.terminal import make_console
+from rayfuse.run.experts import with_consensus
 from rayfuse.run.folder import Stopwatch, open_run_folder
 from rayfuse.run.fused_model import write_fused
 from rayfuse.run.pairwise import train_pairwise
@@ -67,8 +70,12 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
     short = cluster.shortage(config)
     if short:
         console.print(f"this run asks for {short}: it waits where it has no room, until nodes join or others end")
+    learnt = config
+    if config.consensus is not None:
+        with timed("find out who is right"):
+            learnt = with_consensus(config, config.consensus, console)
     with timed("read data"):
-        sources = {sides: load_source(config, sides, console) for sides in needed_sides(config)}
+        sources = {sides: load_source(learnt, sides, console) for sides in needed_sides(learnt)}
     with timed("identify teachers"):
         needed = any(stage.uses_teachers for stage in config.stages)
         teachers = identify(config.teachers if needed else (), config.signals.k)
@@ -80,9 +87,11 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
             models = [config.student, *config.teachers]
             check_parity(asked, config.signals.k, SignalStore(config.store_url), console, models)
     with served(asked, config.signals.k, config.serving.http, console):
-        _train_stages(config, teachers, sources, pivot, timed, console)
+        _train_stages(learnt, teachers, sources, pivot, timed, console)
     counts = {KINDS[len(sides)][0]: asdict(source.counts) for sides, source in sources.items()}
     results: dict[str, Any] = {**counts, "models": [], "times": timed.seconds}
+    if config.consensus is not None:
+        results["consensus"] = summary(Path(config.output))
     if config.evaluate is not None:
         with timed("evaluate"):
             if embedded:  # nobody else uses these teachers: their memory is free for the evaluation

@@ -38,6 +38,7 @@ SCRIPTS = {
         [r"^  TRL ULD extended, hybrid .* x", r"^  MultiLevelOT .* x", r"^  rayfuse ULD aligned .* 1\.00 x"],
     ),
     "wait": ([], [r"^1 replicas, 0\.50 x .* waits .* %", r"^2 replicas, 1\.00 x"]),
+    "consensus": (["--cache"], [r"^f0 +SFT on labels, 30% wrong +\d", r"^f0 +SFT on chosen answers, 30% wrong +\d"]),
     "endtoend": (
         ["--folder"],
         [r"^trl .* bits/byte", r"^rayfuse .* bits/byte", r"^rayfuse .* TRL over rayfuse: total"],

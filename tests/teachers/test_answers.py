@@ -8,7 +8,7 @@ import pytest
 from rayfuse.config import Teacher
 from rayfuse.data.sample import Sample
 from rayfuse.errors import MissingSignalsError
-from rayfuse.prefer.answers import AnswerStore, Author, Sampling, ask
+from rayfuse.teachers.answers import AnswerStore, Author, Sampling, ask
 from rayfuse.teachers.identity import IdentifiedTeacher
 
 SAMPLING = Sampling(count=3, temperature=0.8, max_new_tokens=7, seed=5)

@@ -1,0 +1,359 @@
+"""Outcome: the posterior of every prompt, and what it says of sources and data, with its faults named.
+
+`decide` is the way from candidates to an outcome: groups of equal answers, clusters of prompts, EM, estimates.
+Where the data cannot carry a reliability model the outcome says so with the number (`findings`), and falls back to what
+was configured: labels as they are, teachers' own weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rayfuse.consensus.candidates import LABEL, PIVOT, Answer, Candidates
+from rayfuse.consensus.clusters import MOST, Clusters, clusters_of
+from rayfuse.consensus.equivalence import Chosen, Grouping, Judge, agreement, choose, groupings_of
+from rayfuse.consensus.reliability import BINS, EDGES, UNKNOWN_BIN, Claims, Fit, Prior, claims_of, fit
+from rayfuse.consensus.scored import ScoredFit, Scores, fit_scores
+
+KEEP = 0.5
+"""An answer is learnt from where it is right with at least this probability."""
+LEAST_PROMPTS = 50
+"""Fewer prompts with two answers or more teach nothing of the sources."""
+LEAST_AGREEMENT = 0.05
+"""Sources that agree in fewer prompts than this share do not answer the same questions, or cannot be compared."""
+LEAST_RIGHT_LABELS = 0.1
+"""Labels that are right less often than this are of another form than the answers, or wrong altogether."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a reader of the result must know.
+
+    Attributes:
+        name: for programs, for example "few prompts".
+        text: for people: what is so, with the number, and what is done about it.
+        number: that number.
+        falls_back: whether the reliability model is not used for it.
+    """
+
+    name: str
+    text: str
+    number: float
+    falls_back: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How often a source is right, in one field or over all ("").
+
+    Attributes:
+        source, field: whose, and where.
+        answers: that it gave there.
+        right: estimated share of them that is right.
+        low, high: 95% interval of that share; wider where the posteriors are unsure.
+    """
+
+    source: str
+    field: str
+    answers: int
+    right: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class CalibrationRow:
+    """One bin of a source's certainty.
+
+    Attributes:
+        source: whose.
+        low, high: edges of the bin, nats per token; None on the open sides.
+        answers: in the bin.
+        stated: mean of exp(certainty), the probability per token that the source gives to what it wrote.
+        right: estimated share that is right.
+    """
+
+    source: str
+    low: float | None
+    high: float | None
+    answers: int
+    stated: float
+    right: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is believed of one prompt.
+
+    Attributes:
+        candidates: the prompt and its answers.
+        groups: of each answer: equal answers share one.
+        posterior: p(right) of each group.
+        none: p(no answer is right).
+        field: the cluster's name.
+        fallback: whether labels count as right and sources alike, whatever the posterior says.
+        reliable: by source p(it knows what is right here), where sources score candidates; None where they claim.
+    """
+
+    candidates: Candidates
+    groups: tuple[int, ...]
+    posterior: tuple[float, ...]
+    none: float
+    field: str
+    fallback: bool = False
+    reliable: Mapping[str, float] | None = None
+
+    def right(self, answer: int) -> float:
+        """p(answer number `answer` is right)."""
+        return self.posterior[self.groups[answer]]
+
+    def chosen(self, keep: float = KEEP) -> Answer | None:
+        """The answer to learn from: of the most probable group, where that has at least `keep`; else None.
+
+        Its wording is the label's where a label agrees, else that of the surest model (the first by name among equals);
+        an answer that cannot be learnt from (its fault) is passed over. Where the outcome falls back: the first label.
+        """
+        answers = self.candidates.answers
+        if self.fallback:
+            return next((answer for answer in answers if answer.source == LABEL and not answer.fault), None)
+        if not self.posterior or max(self.posterior) < keep:
+            return None
+        best = int(np.argmax(self.posterior))
+        among = [a for a, group in zip(answers, self.groups, strict=True) if group == best and not a.fault]
+        return min(among, key=_wording, default=None)
+
+    def worst(self, than: Answer) -> Answer | None:
+        """The answer that is least probably right, of another group than `than`; the pivot's own among equals.
+
+        Its own mistakes are what a student must unlearn. None where all say the same.
+        """
+        answers = self.candidates.answers
+        group = self.groups[answers.index(than)]
+        others = [
+            (self.right(index), answer.source != PIVOT, _wording(answer), index)
+            for index, answer in enumerate(answers)
+            if self.groups[index] != group and not answer.fault
+        ]
+        return answers[min(others)[3]] if others else None
+
+    def weights(self, sources: Sequence[str]) -> dict[str, float]:
+        """p(the source's own answer to this prompt is right), of each of `sources`; 0 of one that says nothing.
+
+        Where sources score candidates: p(the source is reliable here). Where the outcome falls back: 1 of each, as the
+        papers' sum has it.
+        """
+        if self.fallback:
+            return dict.fromkeys(sources, 1.0)
+        if self.reliable is not None:
+            return {source: self.reliable.get(source, 0.0) for source in sources}
+        own = {answer.source: self.right(index) for index, answer in enumerate(self.candidates.answers)}
+        return {source: own.get(source, 0.0) for source in sources}
+
+
+def _wording(answer: Answer) -> tuple[bool, float, str, str]:
+    certainty = -math.inf if answer.certainty is None else answer.certainty
+    return answer.by_model, -certainty, answer.source, answer.text
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Who is right, prompt by prompt, and what follows for sources and data.
+
+    Attributes:
+        decisions: of each prompt, in the data's order.
+        equivalence: how answers were compared, and why so.
+        clusters: names of the fields, and whether the data named them.
+        estimates: of each source: over all, then by field.
+        calibration: of each model's certainty, by bin.
+        wrong_labels: estimated share of wrong labels with its interval; None without labels.
+        shared_mistakes: delta; see reliability. None where sources score candidates.
+        findings: what a reader must know; empty where all is well.
+    """
+
+    decisions: tuple[Decision, ...]
+    equivalence: Chosen
+    clusters: tuple[tuple[str, ...], bool]
+    estimates: tuple[Estimate, ...]
+    calibration: tuple[CalibrationRow, ...]
+    wrong_labels: Estimate | None
+    shared_mistakes: float | None
+    findings: tuple[Finding, ...]
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether what was configured is used in place of the posteriors."""
+        return any(finding.falls_back for finding in self.findings)
+
+
+def decide(
+    candidates: Sequence[Candidates],
+    *,
+    equivalence: str = "auto",
+    judge: Judge | None = None,
+    score: Callable[[Sequence[Candidates]], Sequence[Scores]] | None = None,
+    most_clusters: int = MOST,
+    silent: Sequence[str] = (),
+    prior: Prior | None = None,
+) -> Outcome:
+    """Who is right.
+
+    Args:
+        candidates: all prompts with all answers.
+        equivalence: exact, final, tests, none or auto.
+        judge: runs unit tests, where the equivalence comes out as "tests".
+        score: scores all answers of all prompts, where it comes out as "none"; without it the outcome falls back there.
+        most_clusters: fields to find at most where the data name none.
+        silent: sources that were configured and answer nothing (only stored signals, no generation).
+        prior: of the EM.
+    """
+    chosen = choose(equivalence, candidates)
+    groupings = groupings_of(chosen.name, candidates, judge)
+    texts = [one.prompt.sample.plain_text for one in candidates]
+    clusters = clusters_of(texts, [one.prompt.sample.skill for one in candidates], most_clusters)
+    claims = claims_of(candidates, groupings, clusters.of_prompt)
+    found: Fit | ScoredFit
+    if chosen.name == "none" and score is not None:
+        found = fit_scores(candidates, groupings, score(candidates), clusters.of_prompt, prior=prior)
+        agree = found.agreement
+    else:
+        found, agree = fit(claims, prior), agreement(groupings)
+    hit = found.posterior[claims.group]
+    if isinstance(found, ScoredFit):
+        hit = found.hits(claims)
+    estimates = estimates_of(claims, hit, clusters)
+    findings = _findings(candidates, groupings, agree, estimates, chosen, silent)
+    return Outcome(
+        _decisions(candidates, groupings, clusters, claims, found, any(one.falls_back for one in findings)),
+        chosen,
+        (clusters.names, clusters.given),
+        estimates,
+        calibration_of(claims, hit),
+        wrong_labels(estimates),
+        found.shared if isinstance(found, Fit) else None,
+        findings,
+    )
+
+
+def _decisions(
+    candidates: Sequence[Candidates],
+    groupings: Sequence[Grouping],
+    clusters: Clusters,
+    claims: Claims,
+    found: Fit | ScoredFit,
+    fallback: bool,
+) -> tuple[Decision, ...]:
+    firsts = np.searchsorted(claims.group_prompt, np.arange(len(candidates) + 1))
+    return tuple(
+        Decision(
+            one,
+            grouping.groups,
+            tuple(found.posterior[firsts[index] : firsts[index + 1]].tolist()),
+            max(0.0, 1.0 - float(found.posterior[firsts[index] : firsts[index + 1]].sum())),
+            clusters.names[int(clusters.of_prompt[index])],
+            fallback,
+            found.of_prompt(index) if isinstance(found, ScoredFit) else None,
+        )
+        for index, (one, grouping) in enumerate(zip(candidates, groupings, strict=True))
+    )
+
+
+def wrong_labels(estimates: Sequence[Estimate]) -> Estimate | None:
+    """Share of labels that are wrong, from the estimate of those that are right."""
+    right = next((one for one in estimates if one.source == LABEL and not one.field), None)
+    return right and replace(right, right=1 - right.right, low=1 - right.high, high=1 - right.low)
+
+
+def estimates_of(claims: Claims, hit: np.ndarray, clusters: Clusters) -> tuple[Estimate, ...]:
+    """How often each source is right, over all and (where there are several fields) in each.
+
+    Args:
+        claims: N of them.
+        hit: p(right) of each claim [N].
+        clusters: the fields.
+    """
+    estimates = []
+    cluster = claims.cluster[claims.prompt]
+    for s, source in enumerate(claims.sources):
+        of_source = claims.source == s
+        places = [("", of_source)]
+        if len(clusters.names) > 1:
+            places += [(name, of_source & (cluster == c)) for c, name in enumerate(clusters.names)]
+        estimates += [_estimate(source, field, hit[where]) for field, where in places if where.any()]
+    return tuple(estimates)
+
+
+def _estimate(source: str, field: str, hit: np.ndarray) -> Estimate:
+    n, right = len(hit), float(hit.mean())
+    # Two kinds of doubt: other prompts would be answered otherwise, and which of these answers is right is not sure.
+    spread = right * (1 - right) / n + float((hit * (1 - hit)).sum()) / n**2
+    effective = right * (1 - right) / spread if spread > 0 else n
+    low, high = wilson(right, max(effective, 1.0))
+    return Estimate(source, field, n, right, low, high)
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """95% Wilson interval of a share of n."""
+    z = 1.959964
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def calibration_of(claims: Claims, hit: np.ndarray) -> tuple[CalibrationRow, ...]:
+    """What each model's certainty is worth: estimated share of right answers by bin of certainty."""
+    rows = []
+    edges = [None, *EDGES, None]
+    for s, source in enumerate(claims.sources):
+        for b in range(BINS):
+            where = (claims.source == s) & (claims.bin == b)
+            if b == UNKNOWN_BIN or not where.any():
+                continue
+            stated = float(np.exp(claims.certainty[where]).mean())
+            rows.append(
+                CalibrationRow(source, edges[b], edges[b + 1], int(where.sum()), stated, float(hit[where].mean()))
+            )
+    return tuple(rows)
+
+
+def _findings(
+    candidates: Sequence[Candidates],
+    groupings: Sequence[Grouping],
+    agree: float,
+    estimates: Sequence[Estimate],
+    chosen: Chosen,
+    silent: Sequence[str],
+) -> tuple[Finding, ...]:
+    back = "labels are learnt as they are, and teachers count as configured"
+    findings = [
+        Finding("silent source", f"{name} gives no answers of its own: it is no candidate, and its weight is 0", 0.0)
+        for name in silent
+    ]
+    compared = sum(len(one.answers) > 1 for one in candidates)
+    known = sum(one.trusted for one in candidates) + sum(grouping.right is not None for grouping in groupings)
+    if compared < LEAST_PROMPTS:
+        text = f"only {compared} prompts have two answers or more; {LEAST_PROMPTS} are needed to learn who is right"
+        findings.append(Finding("few prompts", f"{text}: {back}", compared, True))
+    elif agree < LEAST_AGREEMENT and not known:
+        text = (
+            f"answers to a prompt agree in {agree:.1%} of the prompts (equivalence {chosen.name}: {chosen.reason}): "
+            "either the sources know nothing of these prompts, or their answers cannot be compared this way"
+        )
+        findings.append(Finding("no agreement", f"{text}; {back}", agree, True))
+    label = next((one for one in estimates if one.source == LABEL and not one.field), None)
+    if label is not None and chosen.name == "none":
+        text = (
+            f"answers cannot be compared ({chosen.reason}): a right label in other words than the right answer counts "
+            f"as wrong, so that {1 - label.right:.0%} of wrong labels is an upper bound"
+        )
+        findings.append(Finding("free text", text, 1 - label.right))
+    elif label is not None and label.right < LEAST_RIGHT_LABELS and not findings[len(silent) :]:
+        text = (
+            f"{1 - label.right:.0%} of {label.answers} labels seem to be wrong: more likely labels and answers are "
+            "of different forms (set the equivalence), or the models share a mistake"
+        )
+        findings.append(Finding("labels wrong", f"{text}; {back}", 1 - label.right, True))
+    return tuple(findings)
