@@ -50,8 +50,8 @@ Phases = dict[str, float]
 class WordTeacher:
     """A stub whose tokens are words, and whose signals are random but always the same for a response."""
 
-    def __init__(self, teacher: Teacher, fingerprint: str) -> None:
-        self.seed = int(fingerprint)
+    def __init__(self, teacher: IdentifiedTeacher) -> None:
+        self.seed = int(teacher.fingerprint)
 
     def score(self, samples: Sequence[Sample]) -> Callable[[], list[TopKSignals]]:
         answers = []
