@@ -73,12 +73,13 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes, ...]:
     return _vocabulary(tokenizer).pieces
 
 
-def bytes_to_ids(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, int]:
+def bytes_to_ids(tokenizer: PreTrainedTokenizerBase, below: int | None = None) -> dict[bytes, int]:
     """The id that writes given bytes. Where several do, the one the tokenizer uses: a piece before a single byte of
-    SentencePiece's fall-back, a token added later before an earlier one. Raises AlignmentError as `token_bytes` does.
+    SentencePiece's fall-back, a token added later before an earlier one. Ids from `below` on, where it is given, are
+    left out: tokens for which a model has no row. Raises AlignmentError as `token_bytes` does.
     """
     vocabulary = _vocabulary(tokenizer)
-    order = sorted(range(len(vocabulary.pieces)), key=lambda i: (i not in vocabulary.fallbacks, i))
+    order = sorted(range(len(vocabulary.pieces[:below])), key=lambda i: (i not in vocabulary.fallbacks, i))
     return {vocabulary.pieces[i]: i for i in order if vocabulary.pieces[i]}
 
 

@@ -17,6 +17,7 @@ from rayfuse.errors import AlignmentError, DataError, ModelError, TeacherError
 from rayfuse.models.loading import (
     load_model_config,
     load_tokenizer,
+    refuse_unloadable,
 )
 
 if TYPE_CHECKING:
@@ -131,7 +132,9 @@ def check_prefer(config: Config) -> Iterator[Finding]:
         yield from _check_samples(config, where, data, [prompt.sample for prompt in prompts[:FIRST_SAMPLES]], counts)
     if isinstance(settings.judge, RewardModel):
         load_tokenizer(settings.judge)
-        labels = load_model_config(settings.judge).num_labels
+        judge_config = load_model_config(settings.judge)
+        refuse_unloadable(settings.judge, judge_config)
+        labels = judge_config.num_labels
         if labels != 1 and settings.judge.label is None:
             yield Finding("prefer.judge.label", f"{settings.judge.model} has {labels} outputs; say which is the score")
     elif isinstance(settings.judge, UnitTests):

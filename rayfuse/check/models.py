@@ -5,29 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rayfuse.alignment.token_bytes import byte_ends
+from rayfuse.check.data import FIRST_ROWS, FIRST_SAMPLES, fits
+from rayfuse.check.finding import Finding
 from rayfuse.config import Config, Model, Teacher
 from rayfuse.data.render import Renderer
 from rayfuse.data.rows import read_preferences, read_samples
 from rayfuse.data.sample import Sample
 from rayfuse.errors import DataError, ModelError, RayfuseError
 from rayfuse.models.loading import (
-    WEIGHT_FILES,
     context_length,
-    is_causal_lm,
+    inspect_model,
     load_model_config,
     load_tokenizer,
+    text_config,
+    token_rows,
+    valid_vocabulary,
     vocabulary_size,
 )
+from rayfuse.models.quantised import quantisation
+from rayfuse.models.weight_files import some_of
 from rayfuse.signals.store import SignalStore
 from rayfuse.teachers.identity import identify
-
-if TYPE_CHECKING:
-    pass
-from rayfuse.check.data import FIRST_ROWS, FIRST_SAMPLES, fits
-from rayfuse.check.finding import Finding
 
 PROBE = "The answer is 12345.\n\nNaïve 世界 🙂"
 
@@ -59,32 +60,47 @@ def _check_model(where: str, model: Model, config: Config) -> Iterator[Finding]:
         if model.gguf_file and not (folder / model.gguf_file).exists():
             yield Finding(where, f"{folder} has no file {model.gguf_file}")
             return
-        if not model.gguf_file and not any(folder.glob(WEIGHT_FILES)):
-            found = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
-            yield Finding(where, f"{folder} has no {WEIGHT_FILES} (it has: {found}); pickled weights are refused")
     if model.tokenizer and Path(model.tokenizer).is_absolute() and not Path(model.tokenizer).is_dir():
         yield Finding(where, f"the tokenizer's folder {model.tokenizer} does not exist")
         return
-    tokenizer = load_tokenizer(model)
     model_config = load_model_config(model)
-    if not is_causal_lm(model_config):
-        yield Finding(where, f"{model.model} ({model_config.model_type}) is not a causal language model")
-        return
-    vocabulary, rows = vocabulary_size(tokenizer), getattr(model_config, "vocab_size", None)
-    if rows is not None and vocabulary > rows:
-        yield Finding(
-            where,
-            f"the tokenizer has {vocabulary} tokens but the model predicts only {rows}: they do not belong together",
-        )
+    yield from _check_weights(where, model, model_config)
+    tokenizer = load_tokenizer(model)
+    rows = int(text_config(model_config).vocab_size)
+    vocabulary = valid_vocabulary(tokenizer, rows)
+    if vocabulary < vocabulary_size(tokenizer):
+        beyond = sorted(token for token, index in tokenizer.get_vocab().items() if index >= rows)
+        text = f"the model has no row for {some_of(beyond)}: they are never predicted, and a sample that needs one of "
+        yield Finding(where, f"{text}them is left out", fault=False)
     if config.teachers and config.signals.k > vocabulary:
         yield Finding(where, f"signals.k is {config.signals.k}, but this model has only {vocabulary} tokens")
-    renderer = Renderer(tokenizer, model.template)
+    renderer = Renderer(tokenizer, model.template, rows=rows)
     if renderer.plain:
         yield Finding(where, "has no chat template; prompts are rendered as plain text", fault=False)
     context = context_length(model_config)
     if where == "student" and context is not None and config.data.max_length > context:
         yield Finding("data.max_length", f"{config.data.max_length} is more than the student's context of {context}")
     byte_ends(tokenizer, tokenizer.encode(PROBE, add_special_tokens=False))
+
+
+def _check_weights(where: str, model: Model, model_config: Any) -> Iterator[Finding]:
+    """The weights can be loaded where they will be: by transformers, or by vLLM with transformers for the self-test."""
+    engine = isinstance(model, Teacher) and model.backend == "vllm"
+    if engine and quantisation(model_config) is not None:
+        assert isinstance(model, Teacher)
+        if model.parity.check:
+            try:
+                inspect_model(model)
+            except ModelError as error:
+                text = "vLLM may run these weights, but the self-test loads them with transformers"
+                yield Finding(where, f"{text}: {error}; or set this teacher's parity: false to trust it unseen")
+        return
+    _, unread = inspect_model(model)
+    if unread:
+        text = f"{len(unread)} tensors in its files are not read: {some_of(unread)}"
+        part = type(model_config) is not type(text_config(model_config))
+        advice = "only the text model is loaded, and a student is saved without the rest" if part else "is it whole?"
+        yield Finding(where, f"{text}; {advice}", fault=False)
 
 
 def _check_endpoint(where: str, teacher: Teacher, config: Config) -> Iterator[Finding]:
@@ -142,7 +158,7 @@ def _check_tokenizer(where: str, teacher: Teacher) -> Iterator[Finding]:
         tokenizer = load_tokenizer(teacher)
     except ModelError as error:
         raise ModelError(f"{error}. Set `tokenizer` to a folder or hub id that has this teacher's tokenizer") from None
-    if Renderer(tokenizer, teacher.template).plain:
+    if Renderer(tokenizer, teacher.template, rows=token_rows(teacher)).plain:
         yield Finding(where, "has no chat template; prompts are rendered as plain text", fault=False)
     byte_ends(tokenizer, tokenizer.encode(PROBE, add_special_tokens=False))
 

@@ -24,7 +24,7 @@ from rayfuse.data import shown, thoughts
 from rayfuse.data.sample import Sample
 from rayfuse.data.template import ChatTemplate
 from rayfuse.errors import DataError, ModelError
-from rayfuse.models.loading import load_tokenizer
+from rayfuse.models.loading import load_tokenizer, token_rows, valid_vocabulary
 
 log = logging.getLogger(__name__)
 _MARK = "rayfuse-marks-the-response"
@@ -58,15 +58,17 @@ _HELLO = {"role": "user", "content": "Hello"}
 class Renderer:
     """Renders samples for one tokenizer: with its chat template, or as plain text where it has none."""
 
-    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None = None, *, rows: int | None = None) -> None:
         """Find how this tokenizer's template begins and ends an assistant turn.
 
         Args:
             tokenizer: a fast tokenizer.
             arguments: what its template is given besides the conversation.
+            rows: of the model's output layer, where it is known; a token beyond them can be in no sample.
 
         Raises:
-            ModelError: the template fails on a one-turn conversation, or no end-of-turn token can be found.
+            ModelError: the template fails on a one-turn conversation, or no end-of-turn token can be found, or the
+                model has no row for it; or the tokenizer does not belong to a model of so many rows.
         """
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, arguments)
@@ -74,15 +76,34 @@ class Renderer:
         self.plain = not self.template.present
         if self.plain:
             log.warning("%s has no chat template: prompts are rendered as plain text", self.name)
+        self.vocabulary = valid_vocabulary(tokenizer, rows)
         self.end_of_turn = self._find_end_of_turn()
+        if self.end_of_turn >= self.vocabulary:
+            raise ModelError(
+                f"{self.name} ends a turn with {self._token(self.end_of_turn)}, for which the model has no row (it has "
+                f"{self.vocabulary}): resize the model's embeddings, or use the tokenizer that it was made with"
+            )
         self.bos = self._find_bos()
         self.opens_thought, self.closed = (False, False) if self.plain else self._find_opening()
         self._missing: dict[Hashable, tuple[str, ...]] = {}
 
     @staticmethod
     def of(model: Model) -> Renderer:
-        """The renderer of a configured model: its tokenizer, and the arguments of its template."""
-        return Renderer(load_tokenizer(model), model.template)
+        """The renderer of a configured model: its tokenizer, the arguments of its template, and its rows."""
+        return Renderer(load_tokenizer(model), model.template, rows=token_rows(model))
+
+    def _token(self, index: int) -> str:
+        return f"the token {self.tokenizer.convert_ids_to_tokens(index)!r} ({index})"
+
+    def _with_rows(self, ids: np.ndarray, part: str) -> np.ndarray:
+        """The same ids [n]; raises DataError where the model has no row for one of them."""
+        beyond = ids[ids >= self.vocabulary]
+        if beyond.size:
+            raise DataError(
+                f"the {part} needs {self._token(int(beyond[0]))} of {self.name}, for which the model has no row (it "
+                f"has {self.vocabulary}); remove the row from the data, or resize the model's embeddings"
+            )
+        return ids
 
     def _find_end_of_turn(self) -> int:
         """The first special token that the template writes after the assistant's text; without a template, eos.
@@ -187,7 +208,8 @@ class Renderer:
         """int64 [p], at least one token: what the model reads before the response.
 
         Raises:
-            DataError: the template refuses the conversation, or an empty prompt has no token to begin with.
+            DataError: the template refuses the conversation, an empty prompt has no token to begin with, or the model
+                has no row for a token of it.
         """
         ids = self.bos + list(self.tokenizer.encode(self.prompt_text(sample), add_special_tokens=False))
         if not ids:
@@ -195,7 +217,7 @@ class Renderer:
             ids = [int(start) for start in starts if start is not None][:1]
             if not ids:
                 raise DataError(f"the prompt is empty, and {self.name} has no token to begin with")
-        return np.asarray(ids, dtype=np.int64)
+        return self._with_rows(np.asarray(ids, dtype=np.int64), "prompt")
 
     def render(self, sample: Sample, max_length: int | None = None) -> Rendered:
         """Token ids of prompt, response and end-of-turn.
@@ -205,13 +227,13 @@ class Renderer:
             max_length: where given, prompt tokens are cut from the left until everything fits.
 
         Raises:
-            DataError: the template refuses the conversation, the response alone does not fit `max_length`, or the
-                prompt is empty.
+            DataError: the template refuses the conversation, the response alone does not fit `max_length`, the
+                prompt is empty, or the model has no row for a token.
             AlignmentError: the tokenizer does not keep the response's bytes.
         """
         prompt = self.prompt_ids(sample)
         ids, ends = encode_response(self.tokenizer, sample.response)
-        response = np.append(np.asarray(ids, dtype=np.int64), self.end_of_turn)
+        response = np.append(self._with_rows(np.asarray(ids, dtype=np.int64), "response"), self.end_of_turn)
         cut = 0
         if max_length is not None:
             room = max_length - len(response)

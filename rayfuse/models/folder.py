@@ -11,7 +11,8 @@ import torch
 
 from rayfuse.config import Dtype
 from rayfuse.errors import ModelError
-from rayfuse.models.shards import FLOATS, INDEX, Kind, Shards, write_shard
+from rayfuse.models.shards import FLOATS, Kind, Shards, write_shard
+from rayfuse.models.weight_files import INDEX
 
 TEMPLATES = "additional_chat_templates"
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")

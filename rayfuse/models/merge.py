@@ -21,7 +21,8 @@ from rayfuse.errors import ConfigError, ModelError
 from rayfuse.files import folder_whole
 from rayfuse.models.folder import copy_rest, in_format, write_index
 from rayfuse.models.merge_formulas import DENSITIES, MERGES, Recipe
-from rayfuse.models.shards import FLOATS, Kind, Shards, some_of, write_shard
+from rayfuse.models.shards import FLOATS, Kind, Shards, write_shard
+from rayfuse.models.weight_files import some_of
 
 Method = Literal["task_arithmetic", "ties", "sce"]
 

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from rayfuse.errors import ModelError
+from rayfuse.models.weight_files import INDEX, SINGLE, read_index, some_of
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Number formats that can be computed with, by their names in safetensors."""
 
@@ -71,19 +70,14 @@ class Shards:
             ModelError: there are no safetensors, or they are damaged or incomplete.
         """
         if (path / INDEX).is_file():
-            try:
-                index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-                files = dict(index["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"{path / INDEX} is damaged: {type(error).__name__}: {error}") from error
+            index = read_index(path)
+            files = dict(index["weight_map"])
         elif (path / SINGLE).is_file():
             index, files = None, {}
         else:
             raise ModelError(f"{path} has neither {SINGLE} nor {INDEX}; a merge needs complete models in safetensors")
         kinds: dict[str, Kind] = {}
         for file in sorted(set(files.values())) or [SINGLE]:
-            if Path(file).name != file:
-                raise ModelError(f"{path / INDEX} names the file {file!r}, which is not in that folder")
             try:
                 with safe_open(path / file, framework="pt") as shard:
                     found = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
@@ -127,8 +121,3 @@ def write_shard(path: Path, kinds: dict[str, Kind], tensor_of: Callable[[str], t
             assert values.nbytes == kinds[name].size, name
             values.tofile(file)
             del values  # or two tensors would be in memory while the next one is computed
-
-
-def some_of(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -35,8 +35,10 @@ class Vocabulary:
 
     @staticmethod
     def of(renderer: Renderer) -> Vocabulary:
-        """The tokens of a renderer's tokenizer."""
-        return Vocabulary(token_bytes(renderer.tokenizer), bytes_to_ids(renderer.tokenizer), renderer.end_of_turn)
+        """The tokens of a renderer's tokenizer that its model has rows for."""
+        rows = renderer.vocabulary
+        pieces = token_bytes(renderer.tokenizer)[:rows]
+        return Vocabulary(pieces, bytes_to_ids(renderer.tokenizer, rows), renderer.end_of_turn)
 
 
 def counterparts(teacher: Vocabulary, student: Vocabulary) -> np.ndarray:

@@ -16,6 +16,7 @@ from rayfuse.config.public import public_name
 from rayfuse.data.render import Renderer
 from rayfuse.errors import ModelError
 from rayfuse.models.loading import WEIGHT_FILES, context_length, load_model_config, load_tokenizer
+from rayfuse.models.weight_files import INDEX, index_decides
 from rayfuse.signals.store import SignalStore
 from rayfuse.teachers.environments import engine_version
 
@@ -144,6 +145,10 @@ def _weights_identity(model: Teacher) -> str:
         return f"{model.model}@{_hub_commit(model)}"
     names = [folder / model.gguf_file] if model.gguf_file else sorted(folder.glob(WEIGHT_FILES))
     files = [path for path in [*names, folder / "config.json"] if path.exists()]
+    if not model.gguf_file and index_decides(folder):
+        files.append(folder / INDEX)
+    if model.trust_remote_code:
+        files += sorted(folder.glob("*.py"))
     if not files:
         raise ModelError(f"{model.model} holds no weights ({model.gguf_file or WEIGHT_FILES})")
     with ThreadPoolExecutor(4) as pool:

@@ -11,14 +11,15 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from rayfuse.config import Teacher
 from rayfuse.data.render import Rendered, Renderer
 from rayfuse.data.sample import Sample
 from rayfuse.errors import TeacherError
 from rayfuse.losses import teacher_topk
-from rayfuse.models.loading import context_length, load_causal_lm, vocabulary_size
-from rayfuse.models.output_layer import check_output_layer, output_layer
+from rayfuse.models.loading import context_length, load_causal_lm, valid_vocabulary
+from rayfuse.models.output_layer import check_output_layer, output_layer, output_rows, text_decoder
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.teachers.backend import Backend
 from rayfuse.teachers.sampling import SeededSampling
@@ -40,8 +41,12 @@ class TransformersTeacher(Backend):
         if self.device.type == "cpu":
             # The bits of a matrix product depend on the number of threads: it is part of the configuration.
             torch.set_num_threads(max(1, int(teacher.cpus)))
-        self.model = load_causal_lm(teacher).to(self.device)
-        self.layer = output_layer(self.model, vocabulary_size(self.renderer.tokenizer))
+        self.model = load_causal_lm(teacher, device=self.device)
+        # The model's own generation_config must not change what is compared, and is no part of the fingerprint.
+        self.model.generation_config = GenerationConfig()
+        self.decoder = text_decoder(self.model)
+        rows = output_rows(self.model)
+        self.layer = output_layer(self.model, valid_vocabulary(self.renderer.tokenizer, rows))
         check_output_layer(self.model, self.layer)
         self.dtype = getattr(torch, teacher.autocast or teacher.dtype)
         if teacher.autocast is not None:  # as the student's fused head does
@@ -117,11 +122,6 @@ class TransformersTeacher(Backend):
                     logits_processor=sampling,
                     eos_token_id=end,
                     pad_token_id=end,
-                    # The model's own generation_config must not change what is compared.
-                    top_k=0,
-                    top_p=1.0,
-                    repetition_penalty=1.0,
-                    no_repeat_ngram_size=0,
                 )
             for b, i in enumerate(batch):
                 ids = out_BT[b, T:].tolist()
@@ -143,7 +143,7 @@ class TransformersTeacher(Backend):
             mask_BT[b, : len(ids)] = 1
             rows.append(b * T + len(item.prompt_ids) - 1 + np.arange(len(item.response_ids)))
         with self._autocast():
-            hidden_BTH = self.model.base_model(
+            hidden_BTH = self.decoder(
                 input_ids=input_ids_BT.to(self.device), attention_mask=mask_BT.to(self.device), use_cache=False
             ).last_hidden_state
         rows_N = torch.from_numpy(np.concatenate(rows)).to(self.device)

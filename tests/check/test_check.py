@@ -253,9 +253,12 @@ def break_tokenizer(folder):
 
 
 def grow_tokenizer(folder):
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(["one more word"])
-    tokenizer.save_pretrained(folder)
+    """One more piece in the vocabulary that the tokenizer was made with."""
+    path = folder / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    largest = max([*tree["model"]["vocab"].values(), *(token["id"] for token in tree["added_tokens"])])
+    tree["model"]["vocab"]["zzzz"] = largest + 1
+    path.write_text(json.dumps(tree))
 
 
 def break_config(folder):

@@ -19,8 +19,8 @@ from rayfuse.config import Stage, Student
 from rayfuse.errors import StudentError
 from rayfuse.losses import HeadOutput
 from rayfuse.models.folder import save_model
-from rayfuse.models.loading import load_causal_lm, load_tokenizer, vocabulary_size
-from rayfuse.models.output_layer import check_output_layer, output_layer
+from rayfuse.models.loading import load_causal_lm, load_tokenizer, valid_vocabulary
+from rayfuse.models.output_layer import check_output_layer, output_layer, output_rows
 from rayfuse.stages.tensors import on_device
 from rayfuse.student.checkpoint import State
 from rayfuse.student.engines.base import Engine
@@ -39,7 +39,7 @@ class DDPEngine(Engine):
         self.tokenizer = load_tokenizer(student)
         self.model = load_causal_lm(source, dtype="float32").to(device)
         prepare_forward(self.model, dropout=not stage.uses_preferences, checkpointing=student.gradient_checkpointing)
-        vocabulary = vocabulary_size(self.tokenizer)
+        vocabulary = valid_vocabulary(self.tokenizer, output_rows(self.model))
         check_output_layer(self.model, output_layer(self.model, vocabulary))
         self.dtype = getattr(torch, student.dtype)
         router = router_coefficient(self.model, student.router_loss)

@@ -10,7 +10,8 @@ from torch import nn
 
 from rayfuse.errors import ModelError
 from rayfuse.losses import HeadOutput, fused_head, token_logps
-from rayfuse.models.output_layer import output_layer
+from rayfuse.models.output_layer import output_layer, text_decoder
+from rayfuse.models.text_config import text_config
 
 
 @dataclass
@@ -73,7 +74,7 @@ def _hidden(
     """
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if not balanced:
-        return model.base_model(**inputs).last_hidden_state, None
+        return text_decoder(model)(**inputs).last_hidden_state, None
     out = model(**inputs, output_router_logits=True, output_hidden_states=True, logits_to_keep=1)
     return out.hidden_states[-1], out.aux_loss
 
@@ -97,7 +98,7 @@ def router_coefficient(model: Any, asked: float | None) -> float:
 
 def _check_router_loss(model: Any) -> None:
     """Raises ModelError where the way with the load-balancing loss gives other hidden states, or no such loss."""
-    ids = torch.arange(1, 5, device=model.device)[None] % model.config.vocab_size
+    ids = torch.arange(1, 5, device=model.device)[None] % text_config(model.config).vocab_size
     mask = torch.ones_like(ids)
     training = model.training
     model.eval()

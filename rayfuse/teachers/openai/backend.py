@@ -18,7 +18,6 @@ from rayfuse.config import Teacher
 from rayfuse.data.render import Rendered, Renderer
 from rayfuse.data.sample import Sample
 from rayfuse.errors import SignalError, TeacherError
-from rayfuse.models.loading import vocabulary_size
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.teachers.backend import Backend
 from rayfuse.teachers.openai.completions import answer_limit, ask_text, read_answer
@@ -52,7 +51,7 @@ class OpenAITeacher(Backend):
         self.k = k
         self.renderer = Renderer.of(teacher)
         self.rendering = threading.Lock()  # a tokenizer is not made for several threads at once
-        self.vocab_size = vocabulary_size(self.renderer.tokenizer)
+        self.vocab_size = self.renderer.vocabulary
         if k > self.vocab_size:
             raise TeacherError(f"signals.k is {k}, but {teacher.name} has only {self.vocab_size} tokens")
         self.connection = Connection(teacher.endpoint, teacher.name, teacher.patience_s)

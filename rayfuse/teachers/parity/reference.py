@@ -20,7 +20,7 @@ import torch
 from rayfuse.config import Model
 from rayfuse.data.render import Renderer
 from rayfuse.data.sample import Sample
-from rayfuse.models.loading import load_causal_lm, load_model_config, load_tokenizer, vocabulary_size
+from rayfuse.models.loading import context_length, inspect_model, load_causal_lm, load_model_config, text_config
 from rayfuse.signals.topk import TopKSignals
 
 ROOM = 1.3
@@ -80,13 +80,12 @@ class Reference:
     """
 
     def __init__(self, model: Model, *, gpu: bool) -> None:
-        self.tokenizer = load_tokenizer(model)
-        self.renderer = Renderer(self.tokenizer, model.template)
-        config = load_model_config(model)
-        self.context = getattr(config, "max_position_embeddings", None)
-        self.device, self.dtype = _place(config, model, gpu)
-        self.model = load_causal_lm(model, dtype=self.dtype).to(self.device)
-        self.vocabulary = vocabulary_size(self.tokenizer)
+        self.renderer = Renderer.of(model)
+        self.tokenizer = self.renderer.tokenizer
+        self.context = context_length(load_model_config(model))
+        self.device, self.dtype = _place(model, gpu)
+        self.model = load_causal_lm(model, dtype=self.dtype, device=self.device)
+        self.vocabulary = self.renderer.vocabulary
         self._changed: tuple[Variation, Any] = (PLAIN, self.model)
 
     def prompt(self, sample: Sample) -> list[int]:
@@ -218,7 +217,7 @@ class Reference:
                 text = f"uses the chat template of {name}"
                 yield Variation("template", text, prompt=_with(self.otherwise, {"template": template}))
         bos = self.tokenizer.bos_token_id
-        bos = getattr(self.model.config, "bos_token_id", None) if bos is None else bos
+        bos = getattr(text_config(self.model.config), "bos_token_id", None) if bos is None else bos
         if isinstance(bos, int):
             yield Variation(
                 "bos",
@@ -242,15 +241,9 @@ def _with(prompt: Callable[..., list[int]], arguments: Mapping[str, Any]) -> Cal
     return lambda sample: prompt(sample, **arguments)
 
 
-def _place(config: Any, model: Model, gpu: bool) -> tuple[torch.device, str]:
+def _place(model: Model, gpu: bool) -> tuple[torch.device, str]:
     """Device and number format: float32 where it fits, the GPU before the CPU, else the model's own format."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        trusted = model.trust_remote_code is not None
-        parameters = sum(
-            p.numel() for p in AutoModelForCausalLM.from_config(config, trust_remote_code=trusted).parameters()
-        )
+    parameters = sum(p.numel() for p in inspect_model(model)[0].parameters())
     room = {torch.device("cpu"): psutil.virtual_memory().available}
     if gpu and torch.cuda.is_available():
         room = {torch.device("cuda"): torch.cuda.mem_get_info()[0], **room}

@@ -21,8 +21,8 @@ import numpy as np
 from rayfuse.config import Teacher
 from rayfuse.data.render import Rendered, Renderer
 from rayfuse.data.sample import Sample
-from rayfuse.errors import DataError, DeadEngineError, ModelError, RayfuseError, TeacherError
-from rayfuse.models.loading import WEIGHT_FILES, load_model_config, vocabulary_size
+from rayfuse.errors import DataError, DeadEngineError, RayfuseError, TeacherError
+from rayfuse.models.loading import WEIGHT_FILES, load_model_config, text_config
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.teachers.backend import Backend
 from rayfuse.teachers.identity import teacher_context
@@ -56,14 +56,9 @@ class VLLMTeacher(Backend):
         self.teacher = teacher
         self.k = k
         self.renderer = Renderer.of(teacher)
-        self.vocab_size = vocabulary_size(self.renderer.tokenizer)
+        self.vocab_size = self.renderer.vocabulary
         config = load_model_config(teacher)
-        rows = int(config.get_text_config().vocab_size)
-        if self.vocab_size > rows:
-            raise ModelError(
-                f"the tokenizer has {self.vocab_size} tokens but the model predicts only {rows}; "
-                "they do not belong together (or the embeddings were not resized)"
-            )
+        rows = int(text_config(config).vocab_size)
         if k > self.vocab_size:
             raise TeacherError(f"signals.k is {k}, but {teacher.name} has only {self.vocab_size} tokens")
         self.longest = teacher_context(teacher)
@@ -297,7 +292,7 @@ def _weight_bytes(teacher: Teacher, config: Any) -> int:
 
         folder = Path(snapshot_download(teacher.model, revision=teacher.revision, allow_patterns=[WEIGHT_FILES]))
     stored = sum(path.stat().st_size for path in folder.glob(WEIGHT_FILES))
-    stored_as = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    stored_as = str(getattr(text_config(config), "dtype", None) or "bfloat16").removeprefix("torch.")
     return stored * memory.DTYPE_BYTES[teacher.dtype] // memory.DTYPE_BYTES.get(stored_as, 2)
 
 

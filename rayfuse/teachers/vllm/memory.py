@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayfuse.errors import TeacherError
+from rayfuse.models.text_config import text_config
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 GPU_RESERVE = 2**30
@@ -45,7 +46,7 @@ class Shape:
 
 def model_shape(config: Any, dtype: str, weights: int) -> Shape:
     """The shape of a transformers configuration; `weights` as in Shape."""
-    config = config.get_text_config()
+    config = text_config(config)
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
