@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from rayfuse.errors import ConfigError, ModelError
 from rayfuse.models.merge import merge
 from rayfuse.models.merge_formulas import MERGES, Recipe
-from rayfuse.models.shards import INDEX, SINGLE
+from rayfuse.models.weight_files import INDEX, SINGLE
 
 GOLDEN = Path(__file__).with_name("merge_golden.safetensors")
 CONFIG = {

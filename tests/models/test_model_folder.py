@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from rayfuse.errors import ModelError
 from rayfuse.models.folder import write_in_format
-from rayfuse.models.shards import INDEX, Shards
+from rayfuse.models.shards import Shards
+from rayfuse.models.weight_files import INDEX
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """The transformers teacher against plain transformers."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -143,7 +145,6 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tiny):
 
 
 def test_fingerprint_names_all_that_answers_depend_on(tiny, tmp_path):
-    import shutil
 
     base = Teacher(model=tiny.model("code"), name="code", dtype="float32")
     same = fingerprint(base, K)
@@ -193,6 +194,20 @@ def test_greedy_answers_equal_transformers_one_by_one(tiny, teacher):
         prompt = torch.from_numpy(teacher.renderer.prompt_ids(sample))[None]
         out = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=end, pad_token_id=end)
         assert answer == tokenizer.decode([i for i in out[0, prompt.shape[1] :].tolist() if i != end])
+
+
+def test_the_models_generation_settings_change_nothing(tiny, tmp_path, teacher):
+    """They are no part of the fingerprint, so they must not be part of an answer."""
+    shutil.copytree(tiny.model("code"), tmp_path / "copy")
+    ask = {"max_new_tokens": 6, "batch_size": 3}
+    samples = _samples(tiny, 6)
+    plain = teacher.generate(samples, **ask)
+    written = {token for text in plain for token in teacher.renderer.tokenizer.encode(text, add_special_tokens=False)}
+    settings = {"suppress_tokens": sorted(written), "repetition_penalty": 5.0, "min_new_tokens": 6, "top_k": 2}
+    (tmp_path / "copy" / "generation_config.json").write_text(json.dumps(settings))
+    changed = teacher.teacher.model_copy(update={"model": str(tmp_path / "copy")})
+    assert fingerprint(changed, K) == fingerprint(teacher.teacher, K)
+    assert TransformersTeacher(changed, K).generate(samples, **ask) == plain
 
 
 def test_sampled_answers_depend_on_the_seed_alone(tiny, teacher):
