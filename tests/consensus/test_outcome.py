@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from rayfuse.consensus.candidates import LABEL, Answer
-from rayfuse.consensus.outcome import Decision, decide, wilson
+from rayfuse.consensus.estimates import wilson
+from rayfuse.consensus.outcome import Decision, decide
 from rayfuse.evaluation.models import Accuracy
 from tests.consensus.simulated import Simulated, candidates
 
@@ -143,3 +144,16 @@ def test_several_labels_of_a_prompt_are_several_opinions():
     outcome = decide(second)
     assert outcome.wrong_labels.answers == 2 * len(asked)
     assert outcome.wrong_labels.right == pytest.approx(0.3, abs=0.04)
+
+
+def test_what_tests_have_found_is_believed_however_few_there_are():
+    asked, _ = Simulated(prompts=10).draw()
+    programs = [replace(one, prompt=replace(one.prompt, tests=("assert True",))) for one in asked]
+    outcome = decide(programs, judge=lambda pairs: [float(text.startswith("right")) for _, text in pairs])
+    assert outcome.equivalence.name == "tests"
+    assert not outcome.findings
+    for one in outcome.decisions:
+        texts = [answer.text for answer in one.candidates.answers]
+        kept = one.chosen()
+        assert (kept is not None) == any(text.startswith("right") for text in texts)
+        assert kept is None or kept.text.startswith("right")
