@@ -2,7 +2,7 @@
 
     python jobs/bench/consensus.py --cache /tmp/facts --seeds 0 1
 
-Three fields of facts (compare/facts.py), three experts and a pivot with the quickstart's tokenizers, plain torch on one
+Three fields of facts (quickstart/facts.py), three experts and a pivot with the quickstart's tokenizers, plain torch on one
 core: no Ray. The models are made once per world and kept in the cache. One line per method: held-out questions that the
 student answers, by seed, and the share of prompts whose kept text is right.
 """
@@ -12,16 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rayfuse.compare import facts
 from rayfuse.consensus.candidates import Answer, Candidates
 from rayfuse.consensus.clusters import k_means
 from rayfuse.consensus.equivalence import Grouping, exact
@@ -30,43 +27,21 @@ from rayfuse.consensus.outputs import responses
 from rayfuse.consensus.scored import fit_scores
 from rayfuse.data.prompts import Prompt
 from rayfuse.data.sample import Sample
-from rayfuse.quickstart import tiny_models
+from rayfuse.quickstart import facts, tiny_models
+from rayfuse.quickstart.facts_world import STYLES, Knowledge, make_model
 
-EXPERTS = {"math": "towns", "code": "codes", "instruct": "pets"}
-"""The quickstart's style of each expert, and its field."""
-
-
-@dataclass(frozen=True)
-class World:
-    """Shares of entities: known to an expert in other fields, to the pivot, and taught wrongly to the experts."""
-
-    elsewhere: float
-    pivot: float
-    mistaken: float
+EXPERTS = facts.FIELDS
+"""Each expert is named by its field."""
+WORLDS = {"f0": Knowledge(), "f1": Knowledge(0.4, 0.3, 0.15), "f2": Knowledge(0.25, 0.3, 0.4)}
 
 
-WORLDS = {"f0": World(0.15, 0.3, 0.0), "f1": World(0.4, 0.3, 0.15), "f2": World(0.25, 0.3, 0.4)}
-
-
-def make_models(world: World, folder: Path, seed: int, steps: int) -> None:
+def make_models(knowledge: Knowledge, folder: Path, seed: int, steps: int) -> None:
     """Train the four models of a world, for `steps` of 32 samples, where they are not there yet."""
-    made = facts.facts(seed)
-    texts = [f"{row['prompt']}\n{row['response']}" for split in ("train", "heldout") for row in facts.rows(made, split)]
-    for number, name in enumerate((*EXPERTS, "pivot")):
-        if (folder / name / "config.json").exists():
-            continue
-        begun = time.process_time()
-        shares = {
-            field: 1.0 if EXPERTS.get(name) == field else world.pivot if name == "pivot" else world.elsewhere
-            for field in facts.FIELDS
-        }
-        taught = facts.known(made, shares, 10 * seed + number, 0.0 if name == "pivot" else world.mistaken)
-        tokenizer = tiny_models.make_tokenizer(tiny_models.STYLES[name], texts)
-        model = tiny_models.make_model(tokenizer, 10 * seed + number, hidden=64, layers=2)
-        Random(seed).shuffle(taught)
-        tiny_models.train(model, tiny_models.encode(tokenizer, taught), steps=steps, batch=32, learning_rate=4e-3)
-        tiny_models.save(model, tokenizer, folder / name)
-        print(f"{folder.name}/{name}: made in {time.process_time() - begun:.0f} s of processor time", flush=True)
+    for name in STYLES:
+        if not (folder / name / "config.json").exists():
+            begun = time.process_time()
+            make_model(name, seed, folder / name, knowledge, steps)
+            print(f"{folder.name}/{name}: made in {time.process_time() - begun:.0f} s of processor time", flush=True)
 
 
 class Model:

@@ -33,7 +33,7 @@ from rayfuse.files import folder_whole, write_whole
 from rayfuse.metrics.records import read_metrics
 from rayfuse.quickstart.world import EXPERTS, World
 from rayfuse.run.pairwise import train_pairwise
-from rayfuse.run.sources import UnitSource, load_source
+from rayfuse.run.sources import UnitSource, load_source, source_name
 from rayfuse.run.stage_job import stage_job
 from rayfuse.student.job import BLOCK, StageJob
 from rayfuse.student.loop import train
@@ -141,7 +141,7 @@ def train_cell(bench: Bench, cell: Cell, config: Config) -> Trained:
     """All stages, one after the other, in this process."""
     needed = any(stage.uses_teachers for stage in config.stages)
     teachers = identify(config.teachers if needed else (), config.signals.k)
-    sources = {sides: _source(config, sides) for sides in sorted({stage.sides for stage in config.stages})}
+    sources = {source_name(config, stage): _source(config, stage.sides) for stage in config.stages}
     kept = None if cell.purpose == "cost" else bench.work / "students"
     wall, cpu = time.monotonic(), time.process_time()
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak of memory starts again

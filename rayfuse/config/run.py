@@ -15,7 +15,7 @@ from rayfuse.config.prefer import Prefer
 from rayfuse.config.section import LocalPath, NewPlace, Section, named
 from rayfuse.config.serving import Serving
 from rayfuse.config.stages import AnyStage
-from rayfuse.config.stages.base import Distillation
+from rayfuse.config.stages.base import Distillation, Stage
 from rayfuse.config.teachers import Teacher
 
 
@@ -107,6 +107,8 @@ class Config(Section):
             raise ValueError("stages is empty; name at least one, for example stages: [infifusion]")
         for index, stage in enumerate(self.stages):
             where = f"stages.{index} ({stage.method})"
+            if stage.responses == "consensus" and self.consensus is None:
+                raise ValueError(f"{where}: responses: consensus needs the section `consensus` ({{}} for its defaults)")
             section = "preferences" if stage.uses_preferences else "data"
             data = self.preferences if section == "preferences" else self.data
             if data is None and self.consensus is not None and stage.sides == PAIR:
@@ -163,6 +165,10 @@ class Config(Section):
             return self.prefer.output
         made = self.preferences.file if self.preferences is not None and self.prefer.write != "responses" else None
         return made if made is not None and "://" not in made and made.endswith(".jsonl") else None
+
+    def learns_chosen(self, stage: Stage) -> bool:
+        """Whether a stage on `data` learns the answers that the consensus chose, and not the rows as they are."""
+        return self.consensus is not None and stage.responses != "data" and not stage.uses_preferences
 
     def absolute(self) -> Config:
         """The same configuration with every local path absolute, for processes that run in other folders."""

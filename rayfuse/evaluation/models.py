@@ -147,6 +147,20 @@ def evaluate_model(model: Teacher, role: str, items: list[Sample], benchmark: Be
     return evaluate(model, role, items, benchmark).as_dict()
 
 
+def stage_names(config: Config) -> list[str]:
+    """What tables call the stages' models: the method, with the number where two stages have the same one.
+
+    Where some stages learn the rows as they are and others what the consensus chose, those are called `experts`.
+    """
+    mixed = len({config.learns_chosen(stage) for stage in config.stages}) > 1
+    names = []
+    for stage in config.stages:
+        chosen = mixed and config.learns_chosen(stage)
+        names.append(("experts" if stage.method == "sft" else f"{stage.method}-experts") if chosen else stage.method)
+    numbers = [config.stage_folder(index).name.partition("-")[0] for index in range(len(names))]
+    return [name if names.count(name) == 1 else f"{number}-{name}" for name, number in zip(names, numbers, strict=True)]
+
+
 def evaluate_all(config: Config) -> list[dict[str, Any]]:
     """Evaluate teachers, pivot and every stage's model on the same items, in parallel tasks."""
     benchmark = config.evaluate
@@ -154,9 +168,7 @@ def evaluate_all(config: Config) -> list[dict[str, Any]]:
     items = read_items(benchmark)
     models = [(teacher, "teacher") for teacher in config.teachers if benchmark.teachers and teacher.stored is None]
     models.append((as_teacher(config, "pivot"), "pivot"))
-    methods = [stage.method for stage in config.stages]
-    for index, method in enumerate(methods):
-        name = method if methods.count(method) == 1 else config.stage_folder(index).name
+    for index, name in enumerate(stage_names(config)):
         models.append((as_teacher(config, name, str(config.stage_folder(index) / "model")), "stage"))
     shared = ray.put(items)
     tasks = [

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from rayfuse.config import Config, parse_config
 from rayfuse.errors import CheckpointError
-from rayfuse.quickstart.world import World, build_world
+from rayfuse.quickstart.facts_world import build_facts_world
+from rayfuse.quickstart.world import World
 from rayfuse.run.fuse import fuse
 
 CACHE = Path("~/.cache/rayfuse")
@@ -35,10 +36,10 @@ def run_quickstart(folder: Path, cache: Path | None, console: Console) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
     console.print(
-        "Three small experts (mathematics, list and string work, instructions), each with its own tokenizer, "
-        "teach a fourth model.\nThe first time they are trained here: about three minutes on two cores."
+        "Three small experts, each on a field of facts of its own and with a tokenizer of its own, teach a fourth model; "
+        "30% of its labels are wrong.\nThe first time they are trained here: about a minute on two cores."
     )
-    world = build_world((cache or CACHE).expanduser(), progress=lambda line: console.print(f"  {line}"))
+    world = build_facts_world((cache or CACHE).expanduser(), progress=lambda line: console.print(f"  {line}"))
     config = quickstart_config(world, folder)
     (folder / "quickstart.yaml").write_text(
         yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False), encoding="utf-8"

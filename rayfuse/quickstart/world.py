@@ -1,4 +1,4 @@
-"""The quickstart world: three experts, a pivot and the data, made once and kept in a cache folder.
+"""The world of tasks that methods are compared in: three experts, a pivot and the data, made once and kept in a cache.
 
     python -m rayfuse.quickstart.world --cache /tmp/world
 
@@ -11,8 +11,9 @@ import hashlib
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -47,7 +48,8 @@ class World:
     """A finished world; every path exists.
 
     Attributes:
-        folder: where it lies in the cache.
+        folder: where it is in the cache.
+        experts: the skills, each with its teacher.
         teachers: model folder of each expert, by its skill.
         pivot: folder of the model that fusion starts from.
         train: JSON lines to train on, `WRONG_SHARE` of each skill's responses wrong.
@@ -55,10 +57,11 @@ class World:
     """
 
     folder: Path
+    experts: tuple[str, ...] = EXPERTS
 
     @property
     def teachers(self) -> dict[str, Path]:
-        return {skill: self.folder / "teachers" / skill for skill in EXPERTS}
+        return {skill: self.folder / "teachers" / skill for skill in self.experts}
 
     @property
     def pivot(self) -> Path:
@@ -102,21 +105,34 @@ def build_world(
     The folder's name is a hash of the seed and of the code that makes a world. It appears under that name only when it
     is complete, so that a broken-off run leaves nothing that a later one would take for a world.
     """
-    folder = cache / _key(seed)
+
+    def make(unfinished: Path) -> None:
+        _write_data(World(unfinished), seed)
+        jobs = [
+            (recipe, unfinished / ("teachers" if recipe.name in EXPERTS else "") / recipe.name)
+            for recipe in recipes(seed)
+        ]
+        train_all(train_one, jobs, unfinished, progress, map_function)
+
+    sources = [Path(str(module.__file__)) for module in (tiny_models, skills)] + [Path(__file__)]
+    return World(cached(cache, f"world-{seed}", sources, make, progress))
+
+
+def cached(
+    cache: Path, name: str, sources: Sequence[Path], make: Callable[[Path], None], progress: Callable[[str], None]
+) -> Path:
+    """The folder of a world: made where it is not in the cache.
+
+    Its name ends with a hash of the code that makes the world, and it appears only when it is complete.
+    """
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+    folder = cache / f"{name}-{digest.hexdigest()[:12]}"
     if folder.exists():
         progress(f"models and data found in {folder}")
-        return World(folder)
+        return folder
     with folder_whole(folder, replace=False) as unfinished:  # another process may be faster
-        _write_data(World(unfinished), seed)
-        times = train_all(recipes(seed), unfinished, progress, map_function)
-        (unfinished / "times.json").write_text(json.dumps(times, indent=2), encoding="utf-8")
-    return World(folder)
-
-
-def _key(seed: int) -> str:
-    sources = [Path(str(module.__file__)) for module in (tiny_models, skills)] + [Path(__file__)]
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
-    return f"world-{seed}-{digest.hexdigest()[:12]}"
+        make(unfinished)
+    return folder
 
 
 def _write_data(world: World, seed: int) -> None:
@@ -131,24 +147,24 @@ def _write_data(world: World, seed: int) -> None:
 
 
 def train_all(
-    made: Sequence[Recipe], folder: Path, progress: Callable[[str], None], map_function: Map
-) -> dict[str, dict[str, float]]:
-    """Make all models under `folder`; returns CPU and wall seconds of each."""
-    jobs = [(recipe, folder / ("teachers" if recipe.name in EXPERTS else "") / recipe.name) for recipe in made]
+    train: Callable[[Any], tuple[str, dict[str, float]]],
+    jobs: Sequence[Any],
+    folder: Path,
+    progress: Callable[[str], None],
+    map_function: Map,
+) -> None:
+    """Make all models of a world; CPU and wall seconds of each are left in `times.json`."""
     times = {}
-    for name, seconds in map_function(train_one, jobs):
+    for name, seconds in map_function(train, jobs):
         progress(f"{name}: trained in {seconds['wall']:.0f} s")
         times[name] = seconds
-    return times
+    (folder / "times.json").write_text(json.dumps(times, indent=2), encoding="utf-8")
 
 
 def train_one(job: tuple[Recipe, Path]) -> tuple[str, dict[str, float]]:
     """Make one model from its recipe, on one thread, so that its bits depend on the recipe alone."""
     recipe, folder = job
-    wall, cpu = time.monotonic(), time.process_time()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread() as times:
         rows = [row for skill, n in recipe.rows.items() for row in skills.make(skill, n, recipe.seed)]
         Random(recipe.seed).shuffle(rows)
         style = tiny_models.STYLES[recipe.name]
@@ -159,9 +175,21 @@ def train_one(job: tuple[Recipe, Path]) -> tuple[str, dict[str, float]]:
             model, samples, steps=recipe.steps, batch=32, learning_rate=recipe.learning_rate, seed=recipe.seed
         )
         tiny_models.save(model, tokenizer, folder)
+    return recipe.name, times
+
+
+@contextmanager
+def one_thread() -> Iterator[dict[str, float]]:
+    """Torch computes on one thread; at the end the dictionary holds CPU and wall seconds."""
+    wall, cpu = time.monotonic(), time.process_time()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times: dict[str, float] = {}
+    try:
+        yield times
     finally:
         torch.set_num_threads(threads)
-    return recipe.name, {"cpu": time.process_time() - cpu, "wall": time.monotonic() - wall}
+        times |= {"cpu": time.process_time() - cpu, "wall": time.monotonic() - wall}
 
 
 def accuracies(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -48,6 +48,7 @@ def write_report(output: Path) -> Path:
         _section("What the teachers were asked", _asked_section(stages)),
         _section("Where the time went", _time_section(results.get("times", {}), stages)),
         _section("Data", _data_section(results.get("data", {}), stages)),
+        _section("Data that the consensus chose", _data_section(results.get("chosen", {}), stages)),
         _section("Preference pairs", _data_section(results.get("preferences", {}), {})),
         _section("Preference triples", _data_section(results.get("triples", {}), {})),
         _section("Configuration", _config_section(config)),

@@ -36,7 +36,7 @@ from rayfuse.run.experts import with_consensus
 from rayfuse.run.folder import Stopwatch, open_run_folder
 from rayfuse.run.fused_model import write_fused
 from rayfuse.run.pairwise import train_pairwise
-from rayfuse.run.sources import KINDS, UnitSource, load_source, needed_sides
+from rayfuse.run.sources import UnitSource, load_sources
 from rayfuse.run.stage_job import identify_pivot, stage_job
 from rayfuse.run.teachers_first import fill
 from rayfuse.signals.store import SignalStore
@@ -75,7 +75,7 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
         with timed("find out who is right"):
             learnt = with_consensus(config, config.consensus, console)
     with timed("read data"):
-        sources = {sides: load_source(learnt, sides, console) for sides in needed_sides(learnt)}
+        sources = load_sources(config, learnt, console)
     with timed("identify teachers"):
         needed = any(stage.uses_teachers for stage in config.stages)
         teachers = identify(config.teachers if needed else (), config.signals.k)
@@ -88,7 +88,7 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
             check_parity(asked, config.signals.k, SignalStore(config.store_url), console, models)
     with served(asked, config.signals.k, config.serving.http, console):
         _train_stages(learnt, teachers, sources, pivot, timed, console)
-    counts = {KINDS[len(sides)][0]: asdict(source.counts) for sides, source in sources.items()}
+    counts = {name: asdict(source.counts) for name, source in sources.items()}
     results: dict[str, Any] = {**counts, "models": [], "times": timed.seconds}
     if config.consensus is not None:
         results["consensus"] = summary(Path(config.output))
@@ -103,7 +103,7 @@ def fuse(config: Config, *, resume: bool = False, console: Console | None = None
 def _train_stages(
     config: Config,
     teachers: Sequence[IdentifiedTeacher],
-    sources: Mapping[tuple[str, ...], UnitSource],
+    sources: Mapping[str, UnitSource],
     pivot: str,
     timed: Stopwatch,
     console: Console,

@@ -11,13 +11,13 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from rayfuse.config import Config
+from rayfuse.config import Config, Stage
 from rayfuse.data.sample import DataCounts
 from rayfuse.prepare.units import load_units
 from rayfuse.student.job import BLOCK
 
-KINDS = {0: ("data", "samples"), 2: ("preferences", "pairs"), 3: ("triples", "triples")}
-"""What the data of a stage is called in results.json, and what it holds, by the number of the stage's sides."""
+KINDS = {0: "samples", 2: "pairs", 3: "triples"}
+"""What a data set holds, by the number of the sides that its stages compare."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,31 @@ class UnitSource:
     counts: DataCounts
 
 
-def needed_sides(config: Config) -> list[tuple[str, ...]]:
-    """What the stages read: `data` (no sides), the pairs or the triples of `preferences`, in this order."""
-    return sorted({stage.sides for stage in config.stages}, key=len)
+def source_name(config: Config, stage: Stage) -> str:
+    """What a stage reads, as results.json calls it: the rows of `data`, what a consensus chose of them, or pairs or
+    triples of `preferences`."""
+    if stage.uses_preferences:
+        return "triples" if len(stage.sides) > 2 else "preferences"
+    return "chosen" if config.learns_chosen(stage) else "data"
+
+
+def load_sources(config: Config, learnt: Config, console: Console) -> dict[str, UnitSource]:
+    """All that the stages read, by `source_name`.
+
+    Args:
+        config: the run.
+        learnt: the same with what its consensus made in place of the data; without a consensus, the run itself.
+        console: where it is said what became of the rows.
+    """
+    sides = {source_name(config, stage): stage.sides for stage in config.stages}
+    return {name: load_source(config if name == "data" else learnt, sides[name], console) for name in sorted(sides)}
 
 
 def load_source(config: Config, sides: tuple[str, ...], console: Console) -> UnitSource:
     """Read `data` or `preferences`, and say what became of the rows."""
     units, counts = load_units(config, sides)
     drawn = f" ({counts.drawn:,} an epoch, by weight)" if counts.drawn != counts.samples else ""
-    kind = KINDS[len(sides)][1]
+    kind = KINDS[len(sides)]
     console.print(f"{counts.rows:,} rows, {counts.samples:,} {kind}{drawn} in {len(units.sizes):,} units{counts.lost}")
     keys = [[sample.key for sample in unit] for unit in units.samples]
     content = hashlib.sha256(json.dumps(keys).encode()).hexdigest()

@@ -11,7 +11,7 @@ import rayfuse
 from rayfuse.config import Config, Data, Model
 from rayfuse.config.run import as_reference, as_teacher
 from rayfuse.prepare.spec import INITIAL, PrepareSpec
-from rayfuse.run.sources import KINDS, UnitSource
+from rayfuse.run.sources import UnitSource, source_name
 from rayfuse.stages import METHODS, ranks
 from rayfuse.student.job import StageJob
 from rayfuse.student.result import identity_of_model
@@ -25,7 +25,7 @@ def stage_job(
     config: Config,
     index: int,
     teachers: Sequence[IdentifiedTeacher],
-    sources: Mapping[tuple[str, ...], UnitSource],
+    sources: Mapping[str, UnitSource],
     pivot: str | None = None,
 ) -> StageJob:
     """The job of stage `index`.
@@ -34,14 +34,15 @@ def stage_job(
         config: the run.
         index: which of `config.stages`.
         teachers: of the run, identified; a stage on preferences adds the model that it starts from.
-        sources: the run's data, by the sides that a stage compares.
+        sources: the run's data, by the name of what a stage reads (sources.source_name).
         pivot: what `identify_pivot` says, where it is known already: the weights are hashed for it.
 
     Raises:
         CheckpointError: the stage starts from a stage that is not finished.
     """
     stage = config.stages[index]
-    source = sources[stage.sides]
+    source_read = source_name(config, stage)
+    source = sources[source_read]
     previous = index > 0 and stage.start_from == "previous"
     start = str(config.stage_folder(index - 1) / "model") if previous else config.student.model
     scorers = list(teachers) if stage.uses_teachers else []
@@ -69,7 +70,7 @@ def stage_job(
                 [spec.k, spec.on_missing, config.seed, index],
             ]
         ),
-        KINDS[len(stage.sides)][0]: source.content,
+        source_read: source.content,
         "student (the pivot)": pivot or identify_pivot(config),
         **{f"teacher {one.name}": one.fingerprint for one in scorers},
     }

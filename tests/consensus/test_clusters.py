@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from rayfuse.compare import facts
 from rayfuse.consensus.clusters import clusters_of, k_means
+from rayfuse.quickstart import facts
 
 
 def test_fields_that_the_data_name_are_taken():

@@ -9,13 +9,12 @@ import ray
 from rich.console import Console
 
 from rayfuse.check.data import check_data
-from rayfuse.compare import facts
 from rayfuse.config import parse_config
 from rayfuse.consensus.inspection import labels_table
 from rayfuse.consensus.make import summary
 from rayfuse.data.rows import read_preferences, read_samples
 from rayfuse.errors import ConfigError, DataError
-from rayfuse.quickstart import tiny_models
+from rayfuse.quickstart import facts, tiny_models
 from rayfuse.run.fuse import fuse
 
 FIELDS = {"math": "towns", "code": "pets"}

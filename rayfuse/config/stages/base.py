@@ -24,6 +24,11 @@ class Stage(Section):
     start_from: Literal["previous", "pivot"] = Field(
         "previous", description="the model this stage starts from: the stage before it, or the untouched student"
     )
+    responses: Literal["data", "consensus"] | None = Field(
+        None,
+        description="what the stage learns from: the rows as they are, or the answers that `consensus` chose; default: "
+        "consensus where the run has that section",
+    )
     steps: int | None = Field(None, ge=1, description="optimiser steps; give this or epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the data; default 1 when steps is not given")
     batch_size: int = Field(64, ge=1, description="samples per optimiser step over all workers (whole units)")
