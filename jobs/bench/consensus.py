@@ -2,9 +2,9 @@
 
     python jobs/bench/consensus.py --cache /tmp/facts --seeds 0 1
 
-Three fields of facts (quickstart/facts.py), three experts and a pivot with the quickstart's tokenizers, plain torch on one
-core: no Ray. The models are made once per world and kept in the cache. One line per method: held-out questions that the
-student answers, by seed, and the share of prompts whose kept text is right.
+Three fields of facts (quickstart/facts.py), three experts and a pivot with the quickstart's tokenizers, plain torch on
+one core: no Ray. The models are made once per world and kept in the cache. One line per method: held-out questions that
+the student answers, by seed, and the share of prompts whose kept text is right.
 """
 
 from __future__ import annotations

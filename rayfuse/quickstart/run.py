@@ -36,7 +36,7 @@ def run_quickstart(folder: Path, cache: Path | None, console: Console) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).touch()
     console.print(
-        "Three small experts, each on a field of facts of its own and with a tokenizer of its own, teach a fourth model; "
+        "Three small experts, each with a field of facts and a tokenizer of its own, teach a fourth model; "
         "30% of its labels are wrong.\nThe first time they are trained here: about a minute on two cores."
     )
     world = build_facts_world((cache or CACHE).expanduser(), progress=lambda line: console.print(f"  {line}"))
