@@ -19,9 +19,9 @@ from rayfuse.data.render import Renderer
 from rayfuse.errors import CheckpointError
 from rayfuse.files import sync_folder, sync_tree, write_whole
 from rayfuse.models.loading import load_tokenizer
-from rayfuse.models.stopping import stop_at
 from rayfuse.student.checkpoint import describe
 from rayfuse.student.job import StageJob
+from rayfuse.student.stopping import stop_at
 
 
 def half_model(job: StageJob) -> Path:
@@ -43,7 +43,7 @@ def commit_model(job: StageJob) -> Path:
     tokenizer = load_tokenizer(student)
     if student.tokenizer is not None:  # a merge copies the tokenizer of its base
         tokenizer.save_pretrained(half)
-    stop_at(half, tokenizer, Renderer(tokenizer).end_of_turn)
+    stop_at(half, tokenizer, Renderer(tokenizer, student.template).end_of_turn)
     sync_tree(half)
     files = _described(half)
     (job.folder / "model.json").unlink(missing_ok=True)

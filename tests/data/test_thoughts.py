@@ -1,11 +1,14 @@
 """Thoughts: the prompt opens exactly one before a response that has one, and leaves none open before another."""
 
 import copy
+import json
 
 import pytest
 from transformers import AutoTokenizer
 
+from rayfuse.config import Data
 from rayfuse.data.render import Renderer
+from rayfuse.data.rows import read_preferences, read_samples
 from rayfuse.data.sample import Message, Sample
 from rayfuse.data.thoughts import thought_kind, treated
 from rayfuse.errors import DataError
@@ -177,3 +180,19 @@ def test_a_thought_that_is_read_is_in_the_prompt_and_in_the_key(renderer_of):
 def test_a_thought_and_nothing_else_cannot_be_left_out(choice):
     with pytest.raises(DataError, match=f"a thought and nothing else, and data.thoughts is {choice}"):
         treated(Sample(QUESTION, "<think>\na\n</think>\n\n"), choice)
+
+
+@pytest.mark.parametrize(("choice", "thought"), [("keep", ""), ("context", "<think>\na\n</think>\n\n"), ("drop", "")])
+def test_data_are_read_with_the_thoughts_that_the_configuration_wants(tmp_path, choice, thought):
+    path = tmp_path / "data.jsonl"
+    sides = {"chosen": "<think>\na\n</think>\n\nyes", "rejected": "<think>\na\n</think>\n\nno"}
+    path.write_text(json.dumps({"prompt": "2+2?", **sides}) + "\n" + json.dumps({"prompt": "?", **sides}) + "\n")
+    ((chosen, rejected), _), _ = read_preferences(Data(path=str(path), thoughts=choice))
+    assert (chosen.thought, rejected.thought) == (thought, thought)
+    if choice == "keep":
+        assert chosen.response == sides["chosen"]
+    else:
+        assert (chosen.response, rejected.response) == ("yes", "no")
+    path.write_text(json.dumps({"prompt": "2+2?", "response": sides["chosen"]}) + "\n")
+    (sample,), _ = read_samples(Data(path=str(path), thoughts=choice))
+    assert (sample.thought, sample.response) == (thought, chosen.response)

@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from rayfuse.data.template import ChatTemplate
+
 log = logging.getLogger(__name__)
 
 
@@ -51,11 +53,11 @@ def _ends(tree: dict[str, Any]) -> list[int]:
 
 def _stop_tokenizer_at(folder: Path, tokenizer: Any, end_of_turn: int) -> None:
     """Save the tokenizer with another eos_token, unless that changes what it makes of a text or a conversation."""
+    template = ChatTemplate(tokenizer)
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
 
-    def made() -> tuple[Any, list[int]]:
-        text = tokenizer.apply_chat_template(turns, tokenize=False) if tokenizer.chat_template else ""
-        return text, tokenizer.encode("Hello")
+    def made() -> tuple[str, list[int]]:
+        return template.render(turns, open_turn=False) if template.present else "", tokenizer.encode("Hello")
 
     before, eos = made(), tokenizer.eos_token
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_of_turn)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from rayfuse.data.render import Renderer
-from rayfuse.models.stopping import stop_at
+from rayfuse.student.stopping import stop_at
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
