@@ -58,7 +58,7 @@ class FusionBatch:
         picks: int64 [N, M] or None: tokens of the student whose logits the loss needs besides the top-K.
         mass: float32 [N, M] or None: the teachers' probabilities on `picks`, each row summing to 1; column 0 of the
             picks is then the label.
-        stats: what it took: teacher name -> samples forwarded and found in the store, seconds, cut prompts.
+        stats: what it took: teacher name -> samples forwarded and found in the store, cut prompts.
     """
 
     input_ids: np.ndarray

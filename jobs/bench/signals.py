@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from measure import alternate, machine
 
+from rayfuse.config import STAGES
 from rayfuse.prepare.targets import fields_read
 from rayfuse.signals.codec import decode, encode, pack, unpack
 from rayfuse.signals.store import SignalStore
 from rayfuse.signals.topk import FIELDS, TopKSignals
-from rayfuse.stages import METHODS
 
 VOCABULARY = 151_936
 ABOUT = {"fingerprint": "0" * 32, "key": "0" * 64}
@@ -145,7 +145,7 @@ def main() -> None:
             fields = sizes(rows, args.k, generator)
         print(f"bytes per token, k {args.k}: " + ", ".join(f"{name} {size:.0f}" for name, size in fields.items()))
         for method in ("infifusion", "infigfusion", "infifpo", "bytekd"):
-            asked = fields_read(METHODS[method].targets)
+            asked = fields_read(STAGES[method].targets)
             size = sum(fields["widths" if name == "byte_ends" else name] for name in asked)
             print(f"bytes per token that {method} reads: {size:.0f} ({', '.join(asked)})")
         for rows in args.rows:

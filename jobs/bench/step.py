@@ -88,7 +88,7 @@ def make_batches(
         k=K,
         alignment="bytes",
         max_length=256,
-        targets=METHODS[method].targets,
+        targets=STAGES[method].targets,
         stage=STAGES[method](method=method),
     )
     prepare = Preparer(spec, WordTeacher)
@@ -111,7 +111,7 @@ def one_step(engine: DDPEngine, stage: Stage, batch: FusionBatch) -> Phases:
     marks = [now()]
     head = engine.score(batch, K)
     marks.append(now())
-    loss, parts = METHODS[stage.method].loss(stage, head, batch, batch.counts)
+    loss, parts = METHODS[stage.method](stage, head, batch, batch.counts)
     marks.append(now())
     engine.backward(loss)
     marks.append(now())

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rayfuse.config import Config
+from rayfuse.config import STAGES, Config
 from rayfuse.errors import ConfigError
 from rayfuse.signals.store import SignalStore
 from rayfuse.teachers.environments import environment_fault
@@ -94,13 +94,12 @@ def check_environments(config: Config) -> Iterator[Finding]:
 
 def check_serving(config: Config) -> Iterator[Finding]:
     """Every stage can go on without a teacher, where it may have to; and HTTP has its token."""
-    from rayfuse.stages import METHODS
     from rayfuse.web.gate import read_token
 
     if config.serving.on_missing == "drop":
         for index, stage in enumerate(config.stages):
-            if stage.uses_teachers and not METHODS[stage.method].partial:
-                able = ", ".join(name for name, method in METHODS.items() if method.partial)
+            if stage.uses_teachers and not stage.partial:
+                able = ", ".join(name for name, kind in STAGES.items() if kind.partial)
                 yield Finding(
                     "serving.on_missing",
                     f"stages.{index} ({stage.method}) cannot go on without one of its teachers; use wait or fail (drop "

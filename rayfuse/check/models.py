@@ -114,14 +114,13 @@ def _check_endpoint(where: str, teacher: Teacher, config: Config) -> Iterator[Fi
 def _check_stored(where: str, teacher: Teacher, config: Config) -> Iterator[Finding]:
     """The first samples that the run will read have signals."""
     from rayfuse.prepare.targets import OF_VOCABULARIES
-    from rayfuse.stages import METHODS
     from rayfuse.teachers.stored import missing_text
 
     if teacher.tokenizer is not None:
         yield from _check_tokenizer(where, teacher)
     else:
         for stage in config.stages:
-            if not OF_VOCABULARIES.isdisjoint(METHODS[stage.method].targets):
+            if not OF_VOCABULARIES.isdisjoint(stage.targets):
                 text = "reads the teacher's tokens: set `tokenizer` to the folder of its tokenizer"
                 yield Finding(where, f"{stage.method} {text}")
     store = SignalStore(config.store_url)

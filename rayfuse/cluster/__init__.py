@@ -55,7 +55,7 @@ def connect(config: Config) -> bool:
 
 
 def _local_cpus(config: Config) -> int:
-    merges = [merge for stage in config.stages if (merge := getattr(stage, "merge", None))]
+    merges = [stage.pairwise for stage in config.stages if stage.pairwise is not None]
     at_once = max([min(merge.parallel or 1, len(config.teachers)) for merge in merges], default=1)
     students = max(at_once * _student_cpus(config.student), _prefer_cpus(config), _consensus_cpus(config))
     return max(os.cpu_count() or 1, math.ceil(_teacher_cpus(config) + students + SERVE_OVERHEAD_CPUS))

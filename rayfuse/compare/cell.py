@@ -26,7 +26,7 @@ from safetensors import safe_open
 from rayfuse.compare.design import Cell, Plan
 from rayfuse.compare.rows import heldout_items, rows_name, training_rows, write_once
 from rayfuse.compare.texts import pairs_of, responses_of, texts_file
-from rayfuse.config import STAGES, Benchmark, Config, Teacher, TeacherStage, parse_config
+from rayfuse.config import STAGES, Benchmark, Config, Teacher, parse_config
 from rayfuse.data.sample import Sample
 from rayfuse.evaluation.models import measure_items
 from rayfuse.files import folder_whole, write_whole
@@ -92,6 +92,7 @@ def config_of(bench: Bench, cell: Cell, output: Path) -> Config:
         "batch_size": sizes.batch_size,
         "learning_rate": condition.learning_rate,
         "warmup": sizes.warmup,
+        "betas": (0.9, 0.95),  # those that the learning rates were chosen with
         "save_every": steps + 1,
     }
     stages = [
@@ -148,8 +149,8 @@ def train_cell(bench: Bench, cell: Cell, config: Config) -> Trained:
     for index in range(len(config.stages)):
         job = stage_job(config, index, teachers, sources)
         applications.deploy(live(job.spec.teachers), config.signals.k)
-        if isinstance(job.stage, TeacherStage) and job.stage.merge is not None:
-            train_pairwise(job, job.stage.merge, partial(_train_once, kept) if kept else train_here, at_once=1)
+        if job.stage.pairwise is not None:
+            train_pairwise(job, job.stage.pairwise, partial(_train_once, kept) if kept else train_here, at_once=1)
         else:
             train_here(job)
     measured = {

@@ -15,7 +15,7 @@ from rayfuse.config.prefer import Prefer
 from rayfuse.config.section import LocalPath, NewPlace, Section, named
 from rayfuse.config.serving import Serving
 from rayfuse.config.stages import AnyStage
-from rayfuse.config.stages.base import Distillation, Stage
+from rayfuse.config.stages.base import Stage
 from rayfuse.config.teachers import Teacher
 
 
@@ -127,10 +127,11 @@ class Config(Section):
                 )
             if stage.uses_teachers and not self.teachers:
                 raise ValueError(f"{where} needs at least one teacher")
-            if getattr(stage, "merge", None) is not None and len(self.teachers) < 2:
+            if stage.pairwise is not None and len(self.teachers) < 2:
                 raise ValueError(f"{where} merges a student per teacher, and needs two teachers or more (there is 1)")
-            if isinstance(stage, Distillation) and stage.k is not None and stage.k > self.signals.k:
-                raise ValueError(f"{where}: k {stage.k} is more than signals.k {self.signals.k}")
+            fault = stage.ranks_fault(self.signals.k) or stage.weights_fault(self.teachers)
+            if fault:
+                raise ValueError(f"{where}: {fault}")
         return self
 
     @model_validator(mode="after")
@@ -182,6 +183,11 @@ class Config(Section):
     def stage_folder(self, index: int) -> Path:
         """The folder of stage `index` inside the run folder, for example `stages/01-sft`."""
         return Path(self.output) / "stages" / f"{index + 1:02d}-{self.stages[index].method}"
+
+
+def method_of_stage(name: str) -> str:
+    """The method of a stage by its name in the run folder and in metrics, `01-sft` or `02-infifusion/TEACHER`."""
+    return name.split("/")[0].partition("-")[2]
 
 
 def as_teacher(config: Config, name: str, folder: str | None = None) -> Teacher:

@@ -4,7 +4,7 @@ Shapes: S teachers, N responses (or pairs of responses). Every log-probability i
 its number of tokens under the model's own tokenizer, the end of turn counted (InfiFPO, arXiv 2505.13878, eq. 10).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -25,6 +25,7 @@ def fuse_logps(
     rule: Literal["max_margin", "mean", "confidence"] = "max_margin",
     clip: bool = True,
     answered: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One fused log-probability per response [N], without gradient, from teachers [S, N].
 
@@ -32,10 +33,13 @@ def fuse_logps(
     set to `initial` [N] there. Where the policy is the initial pivot no pair then starts with a positive margin.
     Then, by `rule`:
     - max_margin (eq. 12): the teacher whose probability is farthest from the policy's, |exp(lp_i) - exp(lp_policy)|;
-      the first one where several are equally far. `policy` [N] is the current policy, or `initial` to fuse only once.
+      the likelier one where several are equally far. It is compared in the log domain, where sums over long responses
+      do not vanish. `policy` [N] is the current policy, or `initial` to fuse only once.
     - mean: the mean of the teachers (app. D).
     - confidence: their mean weighted by 1 / (-lp_i + 1e-6), weights normalised to sum 1 (app. D).
     answered: [S, N] bool, which teachers have a say where; None: all. The others' values are not looked at.
+    weights: [S] positive, how much each teacher counts in mean and confidence; None: all the same.
+    The order of the teachers changes nothing, to the bit.
 
     float32 (float64 stays float64), O(S N). Raises LossError on shapes that do not match, an unknown side or rule, and
     on values that are not finite log-probabilities (1e-4 above 0 passes as rounding).
@@ -63,7 +67,10 @@ def fuse_logps(
     if clip:
         bound = torch.maximum if side == "chosen" else torch.minimum
         teachers_SN = bound(teachers_SN, initial_N)
-    return RULES[rule](teachers_SN, policy_N, answered)
+    here_SN = torch.ones_like(teachers_SN, dtype=torch.bool) if answered is None else answered
+    if rule == "max_margin":
+        return teachers_SN.gather(0, _winner([_log_margin(teachers_SN, policy_N), teachers_SN], here_SN)[None])[0]
+    return MEANS[rule](*_in_order(teachers_SN, here_SN, weights))
 
 
 def fuse_pairs(
@@ -75,6 +82,7 @@ def fuse_pairs(
     clip: bool = True,
     per: Literal["response", "pair"] = "response",
     answered: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Fused log-probabilities of all responses to N prompts, by side: [N] each, without gradient.
 
@@ -86,6 +94,7 @@ def fuse_pairs(
             serves all responses to a prompt, the one with the largest sum over the sides of
             |exp(lp_i) - exp(lp_policy)|, so that both terms of a margin come from the same model.
         answered: [S, N] bool, which teachers have a say on which prompt; None: all.
+        weights: [S], see fuse_logps.
 
     Raises LossError as fuse_logps, and where `per` is "pair" and the rule chooses no teacher.
 
@@ -97,20 +106,28 @@ def fuse_pairs(
     if per == "response":
         return {
             side: fuse_logps(
-                teachers[side], initial[side], policy[side], side=kind, rule=rule, clip=clip, answered=answered
+                teachers[side],
+                initial[side],
+                policy[side],
+                side=kind,
+                rule=rule,
+                clip=clip,
+                answered=answered,
+                weights=weights,
             )
             for side, kind in kinds.items()
         }
-    silent = None if answered is None else ~answered
-    heard = {side: of if silent is None else of.masked_fill(silent, -1.0) for side, of in teachers.items()}
+    here_SN = torch.ones_like(next(iter(teachers.values())), dtype=torch.bool) if answered is None else answered
+    asked = {side: logps_SN.masked_fill(~here_SN, -1.0) for side, logps_SN in teachers.items()}
     bounded = {
-        side: torch.stack([fuse_logps(one_N[None], initial[side], policy[side], side=kind, clip=clip) for one_N in of])
-        for (side, kind), of in zip(kinds.items(), heard.values(), strict=True)
+        side: torch.stack(
+            [fuse_logps(one_N[None], initial[side], policy[side], side=kind, clip=clip) for one_N in logps_SN]
+        )
+        for (side, kind), logps_SN in zip(kinds.items(), asked.values(), strict=True)
     }
-    margins = [(of_SN.exp() - policy[side].detach().to(of_SN.dtype).exp()).abs() for side, of_SN in bounded.items()]
-    margin_SN = torch.stack(margins).sum(dim=0)
-    farthest_N = (margin_SN if silent is None else margin_SN.masked_fill(silent, -1.0)).argmax(dim=0)
-    return {side: of_SN.gather(0, farthest_N[None])[0] for side, of_SN in bounded.items()}
+    margins = [_log_margin(logps_SN, policy[side].detach().to(logps_SN.dtype)) for side, logps_SN in bounded.items()]
+    winner_N = _winner([torch.stack(margins).logsumexp(dim=0), *bounded.values()], here_SN)
+    return {side: logps_SN.gather(0, winner_N[None])[0] for side, logps_SN in bounded.items()}
 
 
 def fpo_loss(
@@ -165,23 +182,45 @@ def wrpo_loss(
     return _sigmoid_loss(gain - _gain(policy_rejected, fused_rejected), beta)
 
 
-def _max_margin(teachers_SN: torch.Tensor, policy_N: torch.Tensor, answered_SN: torch.Tensor | None) -> torch.Tensor:
-    margin_SN = (teachers_SN.exp() - policy_N.exp()).abs()
-    farthest_N = (margin_SN if answered_SN is None else margin_SN.masked_fill(~answered_SN, -1.0)).argmax(dim=0)
-    return teachers_SN.gather(0, farthest_N[None])[0]
+def _log_margin(teachers_SN: torch.Tensor, policy_N: torch.Tensor) -> torch.Tensor:
+    """log |exp(a) - exp(b)| = max(a, b) + log(1 - exp(-|a - b|)); minus infinity where they are equal."""
+    gap_SN = (teachers_SN - policy_N).abs()
+    return torch.maximum(teachers_SN, policy_N.expand_as(teachers_SN)) + (-torch.expm1(-gap_SN)).log()
 
 
-def _mean(teachers_SN: torch.Tensor, policy_N: torch.Tensor, answered_SN: torch.Tensor | None) -> torch.Tensor:
-    if answered_SN is None:
-        return teachers_SN.mean(dim=0)
-    return (teachers_SN * answered_SN).sum(dim=0) / answered_SN.sum(dim=0)
+def _winner(keys: Sequence[torch.Tensor], answered_SN: torch.Tensor) -> torch.Tensor:
+    """Which teacher [N] has the largest first key [S, N]; of equal ones, the largest next key, and so on.
+
+    Teachers that are equal in all keys are equal in what is fused, so that their order does not matter.
+    """
+    left_SN = answered_SN
+    for key_SN in keys:
+        kept_SN = key_SN.masked_fill(~left_SN, -torch.inf)
+        left_SN = left_SN & (kept_SN == kept_SN.amax(dim=0))
+    return left_SN.to(torch.int8).argmax(dim=0)
 
 
-def _confidence(teachers_SN: torch.Tensor, policy_N: torch.Tensor, answered_SN: torch.Tensor | None) -> torch.Tensor:
-    weights_SN = (teachers_SN.neg().clamp_min(0.0) + CONFIDENCE_EPS).reciprocal()
-    if answered_SN is not None:
-        weights_SN = weights_SN * answered_SN
-    return (weights_SN * teachers_SN).sum(dim=0) / weights_SN.sum(dim=0)
+def _in_order(
+    teachers_SN: torch.Tensor, answered_SN: torch.Tensor, weights: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and weights [S, N] of each response's teachers, sorted: sums do not depend on their order.
+
+    Weights are relative to the largest one, and 0 where a teacher did not answer.
+    """
+    weights_S = torch.ones(len(teachers_SN)) if weights is None else weights / weights.max()
+    weights_SN = weights_S.to(teachers_SN)[:, None].expand_as(teachers_SN) * answered_SN
+    lighter_first = weights_SN.sort(dim=0, stable=True).indices
+    by_value = teachers_SN.gather(0, lighter_first).sort(dim=0, stable=True).indices
+    order_SN = lighter_first.gather(0, by_value)
+    return teachers_SN.gather(0, order_SN), weights_SN.gather(0, order_SN)
+
+
+def _mean(teachers_SN: torch.Tensor, weights_SN: torch.Tensor) -> torch.Tensor:
+    return (teachers_SN * weights_SN).sum(dim=0) / weights_SN.sum(dim=0)
+
+
+def _confidence(teachers_SN: torch.Tensor, weights_SN: torch.Tensor) -> torch.Tensor:
+    return _mean(teachers_SN, weights_SN * (teachers_SN.neg().clamp_min(0.0) + CONFIDENCE_EPS).reciprocal())
 
 
 def _sigmoid_loss(margin_N: torch.Tensor, beta: float) -> torch.Tensor:
@@ -192,11 +231,8 @@ def _squared_loss(margin_N: torch.Tensor, beta: float) -> torch.Tensor:
     return (margin_N - 1 / (2 * beta)).square()
 
 
-RULES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
-    "max_margin": _max_margin,
-    "mean": _mean,
-    "confidence": _confidence,
-}
+MEANS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"mean": _mean, "confidence": _confidence}
+RULES = ("max_margin", *MEANS)
 VARIANTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {"fpo": _sigmoid_loss, "ipo": _squared_loss}
 
 

@@ -23,14 +23,15 @@ def uld_loss(
 
     student, teacher: [N, K] logits. Each side is sorted descending here, and the teacher is detached. `standardized`
     z-scores the K values of a row; `space="probs"` compares the softmax of them instead of the values. With either, a
-    constant added to a row changes nothing, so that a teacher's log-probabilities serve as well as its logits.
+    constant added to a row changes nothing, so that a teacher's log-probabilities serve as well as its logits. With
+    neither, values are compared as they are: pass both sides in one gauge, log-probabilities against log-probabilities.
     Returns a float32 scalar; no positions give a zero that still has a graph. O(N K log K).
 
     With `space="probs"` and `standardized=False` the two sides may differ in width: the narrower is filled with zeros
     after sorting. On whole vocabularies that is the original ULD loss (Boizard et al. 2024, arXiv 2402.12030, eq. 2).
 
     Raises LossError on shapes that do not match, on an unknown space, on values that are not finite, and, when
-    standardising, on K < 2.
+    standardising, on K < 3: two z-scored values are +0.71 and -0.71 whatever they were, so that nothing is compared.
 
     Paper: InfiFusion (arXiv 2501.02795), Top-K selection, logit standardisation and ULD, for one teacher.
     """
@@ -67,3 +68,8 @@ def _check(student: torch.Tensor, teacher: torch.Tensor, standardized: bool, spa
         if not torch.isfinite(values).all():
             rows = (~torch.isfinite(values)).any(dim=-1).nonzero()[:, 0].tolist()
             raise LossError(f"uld_loss: the {name}'s values are not finite in rows {rows[:8]} of {len(values)}")
+    if standardized and student.shape[1] == 2:
+        raise LossError(
+            "uld_loss: two z-scored values are always +0.71 and -0.71, so that the distance is zero whatever the "
+            "models say; keep k >= 3 values, or standardized=False"
+        )

@@ -25,7 +25,7 @@ def disk_need(config: Config, index: int) -> float:
     stage = config.stages[index]
     checkpoints = stage.keep + 1 if stage.steps is None or stage.steps > stage.save_every else 0
     trained = parameters * FLOAT32 * (1 + (1 + MOMENTS) * checkpoints)
-    if getattr(stage, "merge", None) is not None:
+    if stage.pairwise is not None:
         trained = len(config.teachers) * trained + parameters * FLOAT32
     if index < len(config.stages) - 1 or not parameters:
         return trained

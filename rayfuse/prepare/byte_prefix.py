@@ -204,8 +204,18 @@ def mix(
     return ids, mass
 
 
-def teacher_weights(signals: Sequence[TopKSignals], temper: float = 1.0) -> np.ndarray:
-    """w_s [S], summing to 1: a uniform prior over the teachers, updated by their likelihood of the whole response."""
+def teacher_weights(
+    signals: Sequence[TopKSignals], temper: float = 1.0, prior: Sequence[float] | None = None
+) -> np.ndarray:
+    """w_s [S], summing to 1: a prior over the teachers, updated by their likelihood of the whole response.
+
+    Args:
+        signals: of one sample, per teacher.
+        temper: how strongly the likelihood counts; 0 leaves the prior.
+        prior: how much each teacher counts before anything is read (teachers[].weight); None: all the same.
+    """
+    chances = np.ones(len(signals)) if prior is None else np.asarray(prior, dtype=np.float64)
     scores = np.array([temper * answer.token_logps.sum(dtype=np.float64) for answer in signals])
+    scores += np.log(chances / chances.max())
     weights = np.exp(scores - scores.max())
     return weights / weights.sum()

@@ -66,7 +66,6 @@ class Preparer:
         Raises:
             RayfuseError: a sample cannot be rendered or aligned, or a teacher cannot answer; the sample is named.
         """
-        begun = time.perf_counter()
         stats: dict[str, float] = {}
         signals = self.signals(samples, stats)
         rendered = [self._render(sample) for sample in samples]
@@ -77,7 +76,6 @@ class Preparer:
         if self.spec.on_missing == "drop":
             batch = _with_answered(batch, signals)
         stats["cut"] = sum(item.cut > 0 for item in rendered)
-        stats["seconds"] = time.perf_counter() - begun
         return batch
 
     def _render(self, sample: Sample) -> Rendered:

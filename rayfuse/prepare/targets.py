@@ -1,8 +1,8 @@
 """Targets: what a prepare task makes of the teachers' signals for a stage's loss; one function per kind.
 
-A method names the kinds it needs (`targets` of stages.Method). Each is a function that takes the unit and the batch so
-far, and returns the batch with its own fields filled; TARGETS lists them by name. They run in the order in which the
-method names them.
+A method names the kinds it needs (`targets` of its configuration class). Each is a function that takes the unit and the
+batch so far, and returns the batch with its own fields filled; TARGETS lists them by name. They run in the order in
+which the method names them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from rayfuse.alignment.pairs import Alignment, align, align_by_position
 from rayfuse.batch import FusionBatch, TeacherTarget
-from rayfuse.config import ByteKD
+from rayfuse.config import ByteKD, InfiGFusion
 from rayfuse.data.render import Rendered
 from rayfuse.data.sample import Sample
 from rayfuse.errors import RayfuseError
@@ -120,7 +120,8 @@ def teacher_ids(unit: ScoredUnit, batch: FusionBatch) -> FusionBatch:
 def graphs(unit: ScoredUnit, batch: FusionBatch) -> FusionBatch:
     """`graph` of each teacher, over all of its rows: its logit graphs, or what the closed form needs of them
     (InfiGFusion)."""
-    exact = getattr(unit.spec.stage, "mode", "closed") == "exact"
+    stage = unit.spec.stage
+    exact = isinstance(stage, InfiGFusion) and stage.mode == "exact"
     make = graph_matrices if exact else graph_features
     k = unit.spec.k or 0
     targets = []
@@ -199,7 +200,8 @@ def carried(unit: ScoredUnit, batch: FusionBatch) -> FusionBatch:
             )
             for answer, teacher in answered
         ]
-        weights = teacher_weights([answer for answer, _ in answered], stage.temper)
+        prior = [unit.spec.teachers[s].teacher.weight for answer, s in here if answer is not None]
+        weights = teacher_weights([answer for answer, _ in answered], stage.temper, prior)
         of_sample = mix(of_teachers, weights.tolist(), labels, stage.width)
         ids.append(of_sample[0])
         mass.append(of_sample[1])

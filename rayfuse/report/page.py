@@ -8,11 +8,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from rayfuse.config import STAGES
 from rayfuse.config.public import public_name
+from rayfuse.config.run import method_of_stage
+from rayfuse.metrics.definitions import (
+    ALIGNED,
+    DISTANCE_RATIO,
+    DROPPED,
+    FORWARDED,
+    LAM,
+    ROUTER,
+    SFT_PART,
+    STORED,
+    TOTAL,
+    Metric,
+)
 from rayfuse.metrics.records import read_metrics
 from rayfuse.report import charts
 from rayfuse.report.charts import SERIES, Curve, Dot, Part
@@ -163,30 +178,13 @@ def _round_up(value: float) -> float:
 
 def _colors(stages: dict[str, list[Record]]) -> dict[str, str]:
     """The same colour for a teacher in every chart."""
-    return {name: SERIES[1 + i % (len(SERIES) - 1)] for i, name in enumerate(_suffixes(stages, "aligned_share/"))}
+    return {name: SERIES[1 + i % (len(SERIES) - 1)] for i, name in enumerate(_suffixes(stages, ALIGNED))}
 
 
-def _suffixes(stages: dict[str, list[Record]], prefix: str) -> list[str]:
-    records = (record for records in stages.values() for record in records)
-    return list(dict.fromkeys(key.removeprefix(prefix) for r in records for key in r if key.startswith(prefix)))
-
-
-DISTANCES = {
-    "loss_uld/": "sum over the top-K ranks",
-    "loss_kl/": "divergence, nats per aligned position",
-    "loss_mse/": "mean square over shared tokens",
-    "loss_hybrid/": "JSD of shared tokens and ranks of the others",
-}
-"""Distances to single teachers, of which a method has one: prefix of the metric -> unit."""
-OTHER_CURVES = {
-    "loss_kl": ("distance to the teachers' mixture", "KL, nats per token"),
-    "trusted": ("teachers' belief in the samples", "mean weight"),
-    "label_mass": ("teachers' share for the written token", "mean probability"),
-    "margin": ("margin", "beta x (chosen - rejected)"),
-    "loss_router": ("balance of the experts", "load-balancing loss x its coefficient"),
-    "preferred": ("chosen more likely than rejected", "share of pairs"),
-}
-"""Curves of single methods: metric -> title and unit."""
+def _suffixes(stages: dict[str, list[Record]], metric: Metric) -> list[str]:
+    """The teachers of which the records hold this metric."""
+    keys = (key for records in stages.values() for record in records for key in record if metric.describes(key))
+    return list(dict.fromkeys(key.partition("/")[2] for key in keys))
 
 
 def _loss_section(stages: dict[str, list[Record]]) -> str:
@@ -194,34 +192,46 @@ def _loss_section(stages: dict[str, list[Record]]) -> str:
     bad = 0
     for stage, records in stages.items():
         bad += sum(not abs(record["loss"]) < float("inf") for record in records)
-        prefix = next((prefix for prefix in DISTANCES if _suffixes({stage: records}, prefix)), "")
-        parts = _suffixes({stage: records}, prefix) if prefix else []
-        panels = [
-            charts.curve_panel("total", "the loss that is minimised", [_curve(records, "loss", "total", SERIES[0])])
-        ]
-        if parts:
-            sft = _curve(records, "loss_sft", "sft", SERIES[0])
-            distances = [_curve(records, f"{prefix}{name}", name, colors.get(name, SERIES[1])) for name in parts]
-            panels.append(charts.curve_panel("sft part", "nats per token", [sft]))
-            panels.append(charts.curve_panel("distance to each teacher", DISTANCES[prefix], distances))
-            graphs = [
-                _curve(records, f"loss_gld/{name}", name, colors.get(name, SERIES[1]))
-                for name in parts
-                if f"loss_gld/{name}" in records[0]
-            ]
-            if graphs:
-                panels.append(charts.curve_panel("graph distance", "sum over the K nodes", graphs))
-        elif "loss_sft" in records[0]:
-            curve = _curve(records, "loss_sft", "sft", SERIES[0])
-            panels = [charts.curve_panel("total = sft part", "nats per token", [curve])]
-        for key, (title, unit) in OTHER_CURVES.items():
-            if key in records[0]:
-                panels.append(charts.curve_panel(title, unit, [_curve(records, key, title, SERIES[0])]))
+        drawn = [metric for metric in _parts(stage) if any(metric.describes(key) for r in records for key in r)]
+        panels = [TOTAL, *drawn]
+        if drawn == [SFT_PART] and all(record["loss"] == record["loss_sft"] for record in records):
+            panels = [replace(SFT_PART, title="total = sft part")]
         smooth = charts.window(len(records))
         text = f"mean over {smooth} steps, each step faintly" if smooth > 1 else "each step"
         blocks.append(f'<h3>{escape(stage)} <span class="unit">{text}; the number is the line\'s end</span></h3>')
-        blocks.append(f'<div class="panels">{"".join(panels)}</div>')
+        blocks.append(f'<div class="panels">{"".join(_panel(metric, records, colors) for metric in panels)}</div>')
+        blocks += [_start_note(record) for record in records if DISTANCE_RATIO.name in record][:1]
     return "\n".join(blocks) + (_note(f"{bad:,} steps have a loss that is not a finite number.") if bad else "")
+
+
+def _start_note(record: Record) -> str:
+    """How strongly the distance pulls beside SFT."""
+    ratio, lam = record[DISTANCE_RATIO.name], record[LAM.name]
+    pull = f"{lam * ratio / (1 - lam):.2g} times as strongly as SFT" if lam < 1 else "alone"
+    return _note(
+        f"At the start the gradient of the distance was {ratio:.2g} times that of SFT; with lam {lam:.3g} the distance "
+        f"pulls {pull}."
+    )
+
+
+def _parts(stage: str) -> list[Metric]:
+    """What may be drawn of a stage: the parts of its method, then those of the others under names it does not use."""
+    own = STAGES[method].parts if (method := method_of_stage(stage)) in STAGES else ()
+    every = (*own, *(metric for kind in STAGES.values() for metric in kind.parts), ROUTER)
+    named: dict[tuple[str, bool], Metric] = {}
+    for metric in every:
+        named.setdefault((metric.name, metric.per_teacher), metric)
+    return [metric for metric in named.values() if metric.shown == "loss"]
+
+
+def _panel(metric: Metric, records: Sequence[Record], colors: dict[str, str]) -> str:
+    """One metric's panel, with a curve per teacher where there are several."""
+    if not metric.per_teacher:
+        curves = [_curve(records, metric.name, metric.curve or metric.title, SERIES[0])]
+    else:
+        names = _suffixes({"": list(records)}, metric)
+        curves = [_curve(records, metric.key(name), name, colors.get(name, SERIES[1])) for name in names]
+    return charts.curve_panel(metric.title, metric.unit, curves)
 
 
 def _curve(records: Sequence[Record], key: str, name: str, color: str) -> Curve:
@@ -231,9 +241,9 @@ def _curve(records: Sequence[Record], key: str, name: str, color: str) -> Curve:
 
 def _aligned_section(stages: dict[str, list[Record]]) -> str:
     colors, rows = _colors(stages), []
-    for stage, name, records in _teacher_stages(stages, "aligned_share/"):
+    for stage, name, records in _teacher_stages(stages, ALIGNED):
         tokens = sum(record["tokens"] for record in records)
-        share = sum(record[f"aligned_share/{name}"] * record["tokens"] for record in records) / max(1, tokens)
+        share = sum(record[ALIGNED.key(name)] * record["tokens"] for record in records) / max(1, tokens)
         part = Part(name, share, f"{share:.1%}", colors[name])
         rows.append((f"{stage} · {name}", [part], f"{share:.1%} of {tokens:,.0f} tokens"))
     note = "The share of the student's predicted tokens at which the teacher's tokenizer has read equally many bytes."
@@ -242,9 +252,9 @@ def _aligned_section(stages: dict[str, list[Record]]) -> str:
 
 def _asked_section(stages: dict[str, list[Record]]) -> str:
     rows = []
-    for stage, name, records in _teacher_stages(stages, "forwarded/"):
-        asked = sum(record[f"forwarded/{name}"] for record in records)
-        stored = sum(record.get(f"stored/{name}", 0.0) for record in records)
+    for stage, name, records in _teacher_stages(stages, FORWARDED):
+        asked = sum(record[FORWARDED.key(name)] for record in records)
+        stored = sum(record.get(STORED.key(name), 0.0) for record in records)
         parts = [Part("asked", asked, f"{asked:,.0f}", SERIES[0]), Part("stored", stored, f"{stored:,.0f}", SERIES[7])]
         rows.append((f"{stage} · {name}", parts, f"{asked:,.0f} asked, {stored:,.0f} from the store"))
     if not rows:
@@ -254,15 +264,15 @@ def _asked_section(stages: dict[str, list[Record]]) -> str:
         "Samples over all steps. A teacher always scores whole units: where one sample of a unit is missing in the "
         "store, the whole unit is asked, and the samples that were there count on both sides."
     )
-    keys = [Part("asked of the teacher", 0, "", SERIES[0]), Part("found in the signal store", 0, "", SERIES[7])]
+    keys = [Part(FORWARDED.title, 0, "", SERIES[0]), Part(STORED.title, 0, "", SERIES[7])]
     return charts.legend(keys) + charts.bar_rows(rows, full) + _note(note) + _dropped_note(stages)
 
 
 def _dropped_note(stages: dict[str, list[Record]]) -> str:
     """What was fused without some of its teachers, because they were gone; nothing where nothing was."""
     counts = {
-        f"{stage} · {name}": sum(record[f"dropped/{name}"] for record in records)
-        for stage, name, records in _teacher_stages(stages, "dropped/")
+        f"{stage} · {name}": sum(record[DROPPED.key(name)] for record in records)
+        for stage, name, records in _teacher_stages(stages, DROPPED)
     }
     lost = {where: count for where, count in counts.items() if count}
     if not lost:
@@ -274,10 +284,10 @@ def _dropped_note(stages: dict[str, list[Record]]) -> str:
     )
 
 
-def _teacher_stages(stages: dict[str, list[Record]], prefix: str) -> Iterator[tuple[str, str, list[Record]]]:
+def _teacher_stages(stages: dict[str, list[Record]], metric: Metric) -> Iterator[tuple[str, str, list[Record]]]:
     for stage, records in stages.items():
-        for name in _suffixes({stage: records}, prefix):
-            yield stage, name, [record for record in records if prefix + name in record]
+        for name in _suffixes({stage: records}, metric):
+            yield stage, name, [record for record in records if metric.key(name) in record]
 
 
 # --- time, data, configuration ------------------------------

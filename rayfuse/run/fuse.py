@@ -23,7 +23,7 @@ from rich.console import Console
 from rayfuse import cluster
 from rayfuse.check.data import check_evaluation
 from rayfuse.check.machine import check_environments, check_machine, check_serving
-from rayfuse.config import Config, TeacherStage
+from rayfuse.config import Config
 from rayfuse.consensus.make import summary
 from rayfuse.errors import ConfigError
 from rayfuse.evaluation.models import evaluate_all
@@ -123,8 +123,8 @@ def _train_stages(
                 applications.borrowed(() if first else live(job.spec.teachers), config.signals.k),
                 LiveLine(Path(config.output) / "metrics.jsonl", console),
             ):
-                if isinstance(job.stage, TeacherStage) and job.stage.merge is not None:
-                    train_pairwise(job, job.stage.merge)
+                if job.stage.pairwise is not None:
+                    train_pairwise(job, job.stage.pairwise)
                 else:
                     train_group(job)
 

@@ -12,7 +12,6 @@ from rayfuse.config import Config, Data, Model
 from rayfuse.config.run import as_reference, as_teacher
 from rayfuse.prepare.spec import INITIAL, PrepareSpec
 from rayfuse.run.sources import UnitSource, source_name
-from rayfuse.stages import METHODS, ranks
 from rayfuse.student.job import StageJob
 from rayfuse.student.result import identity_of_model
 from rayfuse.teachers.identity import IdentifiedTeacher, identify
@@ -53,10 +52,10 @@ def stage_job(
         student=config.student,
         teachers=tuple(scorers),
         store=config.store_url,
-        k=ranks(config, stage),
-        alignment=getattr(stage, "alignment", "bytes"),
+        k=stage.kept(config.signals.k),
+        alignment=stage.meets_by,
         max_length=data.max_length,
-        targets=METHODS[stage.method].targets,
+        targets=stage.targets,
         stage=stage,
         on_missing=config.serving.on_missing,
     )

@@ -1,7 +1,8 @@
 """Byte-prefix distillation (ours): cross-entropy against a mixture of the written text and what the teachers expected.
 
     q_s(v)  = teacher s's top-K probabilities as bytes, each carried to the longest student token that is a prefix of it
-    w_s     ~ P_s(response)                                how well each teacher foresaw the response as a whole
+    w_s     ~ v_s P_s(response)                            how well each teacher foresaw the response as a whole, times
+                                                           how much it counts (teachers[].weight)
     t       = (1 - lam) onehot(y) + lam SUM_s w_s q_s      one sparse target per position, over the student's own ids
     L       = tokenmean - SUM_v t(v) log P_student(v)
 

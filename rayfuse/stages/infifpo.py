@@ -26,4 +26,6 @@ def infifpo_loss(
     *teachers, initial = [of_model(stage, target, logps_N.device) for target in batch.targets]
     policy = of_policy(stage, logps_N, batch)
     answered = answered_sides(stage, batch, logps_N.device)
-    return preference_loss(stage, policy, fuse_teachers(stage, teachers, initial, policy, answered), totals)
+    weights = [target.weight for target in batch.targets[:-1]]
+    fused = fuse_teachers(stage, teachers, initial, policy, weights, answered)
+    return preference_loss(stage, policy, fused, totals)

@@ -9,7 +9,9 @@ Where teachers are missing in a sample, the others count f_b = SUM_s w_s / SUM_{
 and L_s is divided by the positions that teacher s would have had: every sample keeps its share of the loss.
 
 The teacher's top log-probabilities stand for its logits: they differ by one constant per position, which neither the
-z-score nor a softmax over the K kept values sees.
+z-score nor a softmax over the K kept values sees. Without both (`standardized: false, space: logits`) the constant
+counts: there the student's logits are made log-probabilities too, by the log-sum-exp over its whole vocabulary, whose
+gradient the head then has to give.
 """
 
 from __future__ import annotations
@@ -56,6 +58,9 @@ def rank_distance(
 def _mean(stage: RankDistillation, head: HeadOutput, target: TeacherTarget, part: slice | np.ndarray) -> torch.Tensor:
     """The mean distance over a part of a teacher's positions."""
     device = head.topk.device
-    student_PK = head.topk[on_device(target.rows[part], device)]
+    rows_P = on_device(target.rows[part], device)
+    student_PK = head.topk[rows_P]
+    if stage.needs_one_gauge:
+        student_PK = student_PK - head.lse[rows_P, None]
     teacher_PK = on_device(target.logps[part], device)
     return uld_loss(student_PK, teacher_PK, standardized=stage.standardized, space=stage.space)

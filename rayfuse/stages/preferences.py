@@ -20,9 +20,10 @@ def fuse_teachers(
     teachers: Sequence[Sides],
     initial: Sides,
     policy: Sides,
+    weights: Sequence[float],
     answered_SP: torch.Tensor | None = None,
 ) -> Sides:
-    """lp_fu of every response, by side; of the teachers that answered where some are missing."""
+    """lp_fu of every response, by side; of the teachers that answered where some are missing. `weights`: of each."""
     current = policy if stage.margin_from == "policy" else initial
     return fuse_pairs(
         {side: torch.stack([teacher[side] for teacher in teachers]) for side in stage.sides},
@@ -32,6 +33,7 @@ def fuse_teachers(
         clip=stage.clip,
         per=stage.fuse_per,
         answered=answered_SP,
+        weights=torch.tensor(weights),
     )
 
 

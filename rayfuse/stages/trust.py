@@ -1,8 +1,8 @@
 """Trust-weighted fine-tuning (ours): cross-entropy in which a sample counts as much as its surest teacher believes it.
 
-    r(y) = max_s (1/|y|_s) log P_s(y|x)          per token of teacher s's own, end-of-turn counted
-    w(y) = exp(trust * r(y))                     in (0, 1]
-    L    = tokenmean - w(y) log P_student(y_t | x, y_<t)
+    r_s(y) = (1/|y|_s) log P_s(y|x)              per token of teacher s's own, end-of-turn counted
+    w(y)   = max_s v_s exp(trust * r_s(y))       in (0, 1]; v_s: the teacher's weight over the largest one's
+    L      = tokenmean - w(y) log P_student(y_t | x, y_<t)
 
 Nothing is compared token by token, so the tokenizers need no alignment: the teachers only say whether they would have
 written the text. A response that no teacher believes, as a wrong one, hardly counts; one that a single expert believes
@@ -38,4 +38,5 @@ def sample_weights(stage: Trust, batch: FusionBatch) -> torch.Tensor:
         assert target.response_logps is not None
         assert target.response_tokens is not None
         per_token.append(torch.from_numpy(target.response_logps / target.response_tokens))
-    return torch.exp(stage.trust * torch.stack(per_token).amax(0))
+    weights_S1 = torch.tensor([[target.weight] for target in batch.targets])
+    return torch.exp((stage.trust * torch.stack(per_token) + (weights_S1 / weights_S1.max()).log()).amax(0))

@@ -2,7 +2,7 @@
 
     L_s = tokenmean sum_i | p_(i) - q_(i) |       p, q: sorted probabilities of student and teacher, the shorter filled
                                                   with zeros; position t with position t (the original's eq. 2)
-    L   = L_SFT + 1.5 L_s                         here 0.4 L_SFT + 0.6 L_s: the same but for the overall factor 0.4
+    L   = L_SFT + 1.5 L_s                         with lam 0.6 0.4 L_SFT + 0.6 L_s: the same but for the factor 0.4
 
 It differs from `infifusion` with `standardized: false, space: probs` in that these are probabilities among the whole
 vocabulary, not among the K kept: of p and q the K largest are compared, the rest is left out; with K = V it is the

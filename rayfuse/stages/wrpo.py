@@ -28,7 +28,8 @@ def wrpo_stage_loss(
     """
     *teachers, initial = [of_model(stage, target, logps_N.device) for target in batch.targets]
     policy = of_policy(stage, logps_N, batch)
-    reference = fuse_teachers(stage, teachers, initial, policy) if stage.reference == "fused" else initial
+    weights = [target.weight for target in batch.targets[:-1]]
+    reference = fuse_teachers(stage, teachers, initial, policy, weights) if stage.reference == "fused" else initial
     loss_P = wrpo_loss(
         *(policy[side] for side in stage.sides),
         *(reference[side] for side in stage.sides),

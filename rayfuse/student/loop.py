@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from ray.exceptions import RayError
 
-from rayfuse.batch import Counts, FusionBatch
+from rayfuse.batch import FusionBatch
 from rayfuse.config import Stage
 from rayfuse.errors import MissingSignalsError, RayfuseError, StudentError
+from rayfuse.metrics.definitions import ALIGNED, DROPPED, EVERY_RUN, metric_of
 from rayfuse.metrics.records import MetricsWriter, read_metrics
 from rayfuse.prepare.spec import INITIAL
-from rayfuse.stages import METHODS, ranks
 from rayfuse.student.checkpoint import latest_checkpoint, restore_random_state, save_checkpoint
 from rayfuse.student.engines import ENGINES, Engine
+from rayfuse.student.gradients import accumulate, at_the_start
 from rayfuse.student.job import StageJob
 from rayfuse.student.result import commit_model, half_model
 from rayfuse.student.stream import UnitStream, units_of
@@ -85,7 +86,9 @@ def train(job: StageJob, rank: int, world: int) -> None:
     for step in range(done + 1, job.steps + 1):
         begun = time.perf_counter()
         batches = stream.take(job.units_per_step // world)
-        record = _step(job, engine, batches, learning_rate(stage, step - 1, job.steps))
+        if step == done + 1:
+            stage, at_start = at_the_start(job, engine, batches, done, rank)
+        record = _step(job, stage, engine, batches, learning_rate(stage, step - 1, job.steps), rank, world)
         seconds = time.perf_counter() - begun
         waited, stream.waited = stream.waited, 0.0
         if writer is not None:
@@ -94,7 +97,8 @@ def train(job: StageJob, rank: int, world: int) -> None:
                 "tokens_per_second": record["tokens"] / seconds,
                 "wait_share": waited / seconds,
             }
-            writer.write({"stage": job.name, "step": step, "steps": job.steps, **record, **speed})
+            writer.write({"stage": job.name, "step": step, "steps": job.steps, **record, **at_start, **speed})
+            at_start = {}
         dropped += _dropped(record)
         _refuse_too_many(job, dropped)
         if step % stage.save_every == 0 and step < job.steps:
@@ -102,44 +106,45 @@ def train(job: StageJob, rank: int, world: int) -> None:
     write_model(engine, job, rank)
 
 
-def _step(job: StageJob, engine: Engine, batches: list[FusionBatch], rate: float) -> dict[str, float]:
-    """One optimiser step over this worker's batches; returns what it measured, summed over the workers."""
-    method, k = METHODS[job.stage.method], ranks(job.config, job.stage)
-    counts = engine.sum_over_workers(np.sum([batch.counts.as_array() for batch in batches], axis=0))
-    totals = Counts.of_array(counts, len(job.spec.teachers))
-    # Of padding apart: a router's loss is a mean over the tokens of a micro-batch, and each counts equally in the step.
-    real_tokens = engine.sum_over_workers(np.array([sum(batch.attention_mask.sum() for batch in batches)], float))[0]
-    parts_of: list[dict[str, Any]] = []
-    for index, batch in enumerate(batches):
-        with engine.accumulate(last=index == len(batches) - 1):
-            output = engine.log_probabilities(batch) if k is None else engine.score(batch, k, lse=method.lse_gradient)
-            loss, parts = method.loss(job.stage, output, batch, totals)
-            router = engine.router_loss()
-            if router is not None:
-                router = router * (batch.attention_mask.sum() / real_tokens)
-                loss, parts = loss + router, {**parts, "loss_router": router}
-            engine.backward(loss)
-        parts_of.append({"loss": loss.detach(), **{name: part.detach() for name, part in parts.items()}})
+def _step(
+    job: StageJob,
+    stage: Stage,
+    engine: Engine,
+    batches: list[FusionBatch],
+    rate: float,
+    rank: int,
+    world: int,
+) -> dict[str, float]:
+    """One optimiser step over this worker's batches; returns what it measured, over all workers."""
+    parts_of, totals = accumulate(job, stage, engine, batches)
     # Read at the end: reading a value makes the host wait for the device.
-    measured: dict[str, float] = {}
-    for batch, parts in zip(batches, parts_of, strict=True):
-        values: dict[str, Any] = {**parts, **batch.stats}
-        for name, value in values.items():
-            measured[name] = measured.get(name, 0.0) + float(value)
-    # Every worker has the same parts, so their sums can travel as one array in the order of the names.
-    names = sorted(measured.keys() - {"seconds"})
-    summed = engine.sum_over_workers(np.array([measured[name] for name in names]))
-    record = dict(zip(names, summed.tolist(), strict=True))
-    if "gradient_ratio" in record:
-        record["gradient_ratio"] /= job.units_per_step
-    for s, teacher in enumerate(job.spec.teachers if "ranks" in method.targets else ()):
-        record[f"aligned_share/{teacher.name}"] = totals.pairs[s] / totals.tokens
+    measured = [
+        {key: float(value) for key, value in {**parts, **batch.stats}.items()}
+        for batch, parts in zip(batches, parts_of, strict=True)
+    ]
+    record = _add_up(measured, stage, engine, rank, world)
+    for s, teacher in enumerate(job.spec.teachers if "ranks" in stage.targets else ()):
+        record[ALIGNED.key(teacher.name)] = totals.pairs[s] / totals.tokens
     return {**record, "tokens": totals.tokens, "learning_rate": rate, "gradient_norm": engine.step(rate)}
+
+
+def _add_up(
+    measured: Sequence[Mapping[str, float]], stage: Stage, engine: Engine, rank: int, world: int
+) -> dict[str, float]:
+    """The step's metrics from those of this worker's micro-batches; each adds up as its definition says."""
+    # Every micro-batch has the same parts, so they can travel between the workers in the order of their names.
+    reduce = {key: metric_of(key, (*stage.parts, *EVERY_RUN)).reduce for key in sorted(measured[0])}
+    sums = np.array([0.0 if how == "max" else sum(row[key] for row in measured) for key, how in reduce.items()])
+    largest = np.zeros((world, len(reduce)))
+    largest[rank] = [max(row[key] for row in measured) if how == "max" else 0.0 for key, how in reduce.items()]
+    sums, largest = engine.sum_over_workers(sums), engine.sum_over_workers(largest).max(axis=0)
+    values = {"sum": sums, "mean": sums / (len(measured) * world), "max": largest}
+    return {key: float(values[how][index]) for index, (key, how) in enumerate(reduce.items())}
 
 
 def _dropped(record: Mapping[str, Any]) -> float:
     """The (sample, teacher) pairs that were dropped in a step."""
-    return sum(value for name, value in record.items() if name.startswith("dropped/"))
+    return sum(value for key, value in record.items() if DROPPED.describes(key))
 
 
 def _before(job: StageJob, record: Mapping[str, Any], done: int) -> bool:

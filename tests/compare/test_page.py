@@ -10,6 +10,7 @@ from scipy import stats
 
 from rayfuse.compare.design import Plan
 from rayfuse.compare.page import write_page
+from rayfuse.compare.statistics import crossed_interval
 from rayfuse.quickstart.world import EXPERTS
 
 ITEMS = 40
@@ -94,9 +95,11 @@ def test_accuracies_and_differences(page, table):
         assert cells[6].startswith(f"{ours.mean():.1%} (")
         mean, low, high = map(float, re.findall(r"[+-][0-9.]+", cells[7]))
         assert mean == pytest.approx(100 * (ours - sft).mean(), abs=0.05)
-        # No effect of seeds or items was drawn: the interval is about that of all differences taken as independent.
-        error = 100 * (ours - sft).std(ddof=1) / ours.size**0.5
-        assert (high - low) / 2 == pytest.approx(stats.norm.ppf(0.975) * error, rel=0.9)
+        # The interval over seeds and items, which test_statistics.py holds against simulations.
+        assert (mean, low, high) == pytest.approx(crossed_interval(100.0 * (ours - sft)), abs=0.051)
+        # No effect of seeds or items was drawn: no narrower than that of the items alone, and not twice as wide.
+        alone = stats.t.interval(0.95, ITEMS * 3 - 1, scale=stats.sem(100.0 * (ours - sft).mean(0)))[1]
+        assert alone - 0.051 <= (high - low) / 2 < 2 * alone
         assert low < mean < high
         assert cells[7].startswith("**") == (low > 0 or high < 0)
 

@@ -58,7 +58,7 @@ def test_minimal_run_has_at_most_twelve_lines_and_papers_defaults(minimal):
     ]
     assert [teacher.weight for teacher in config.teachers] == [1.0, 1.0]
     assert config.signals.k == 10
-    assert config.stages == (InfiFusion(lam=0.5, standardized=True, space="logits", over_teachers="sum"),)
+    assert config.stages == (InfiFusion(lam=0.03, standardized=True, space="logits", over_teachers="sum"),)
     assert config.store_url == "runs/phi4-fused/signals"
     assert config.evaluate is None
     assert config.stage_folder(0) == Path("runs/phi4-fused/stages/01-infifusion")
@@ -124,6 +124,25 @@ REFUSED = {
     "not a teacher": (tree(teachers=[5]), r"teachers.0: .*\(is 5\)"),
     "not a list": (tree(teachers="one/teacher"), r"teachers: .*\(is 'one/teacher'\)"),
     "too small": (tree(signals={"k": 1}), r"signals.k: .*greater than or equal to 2 \(is 1\)"),
+    "two z-scored ranks": (stage(k=2), r"stages.0: k 2 is too few: two z-scored values are always .*use 3 or more"),
+    "two z-scored ranks by signals.k": (
+        tree(signals={"k": 2}),
+        r"stages.0 \(infifusion\): signals.k 2 is too few: two z-scored values",
+    ),
+    "two ranks of graphs": (
+        tree(stages=[{"method": "infigfusion", "space": "probs"}], signals={"k": 2}),
+        r"stages.0 \(infigfusion\): signals.k 2 is too few",
+    ),
+    "two scaled ranks": (
+        tree(stages=[{"method": "multilevelot", "k": 2}]),
+        "stages.0: k 2 is too few: two logits divided by their deviation always differ by 1.41",
+    ),
+    "lam and balance": (
+        stage(lam=0.2, balance=0.3),
+        r"stages.0: give lam or balance, not both \(lam=0.2, balance=0.3\)",
+    ),
+    "no balance": (stage(balance=0), r"stages.0.balance: .*greater than 0 \(is 0\)"),
+    "a beta of one": (stage(betas=[0.9, 1.0]), r"stages.0.betas.1: .*less than 1 \(is 1.0\)"),
     "too large": (stage(lam=1.5), r"stages.0.lam: .*less than or equal to 1 \(is 1.5\)"),
     "zero learning rate": (stage(learning_rate=0), r"stages.0.learning_rate: .*greater than 0 \(is 0\)"),
     "infinite": (stage(learning_rate=float("inf")), r"stages.0.learning_rate: .*finite number \(is inf\)"),
@@ -328,7 +347,7 @@ def test_json_holds_every_field_and_parses_back(minimal):
     text = config_json(config)
     assert parse_config(json.loads(text)) == config
     resolved = json.loads(text)
-    assert resolved["stages"][1]["lam"] == 0.5
+    assert resolved["stages"][1]["lam"] == 0.03
     assert set(resolved["student"]) == set(type(config.student).model_fields)
 
 
@@ -528,3 +547,49 @@ def test_a_templates_arguments_are_plain_values_and_can_be_given_on_the_command_
     student = parse_config(changed).student
     assert student.template == {"enable_thinking": False}
     assert hash(student) != hash(student.model_copy(update={"template": {}}))
+
+
+def _weighted(stage, **changes):
+    teachers = [{"model": "a/math", "weight": 2.0}, {"model": "a/code", "weight": 1.0}]
+    return tree(stages=[stage], teachers=teachers, preferences="pairs.jsonl", **changes)
+
+
+NO_PLACE = [
+    {"method": "fusellm"},
+    {"method": "fusechat"},
+    {"method": "infifpo"},
+    {"method": "infifpo", "fuse_per": "pair"},
+    {"method": "wrpo", "reference": "fused"},
+]
+
+
+@pytest.mark.parametrize("given", NO_PLACE, ids=str)
+def test_weights_that_a_method_would_ignore_are_refused_by_name(given):
+    with pytest.raises(ConfigError, match=rf"\({given['method']}\): the teachers' weights \(math 2, code 1\)"):
+        parse_config(_weighted(given))
+    equal = _weighted(given)
+    equal["teachers"][1]["weight"] = 2.0
+    assert [teacher.weight for teacher in parse_config(equal).teachers] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("method", [name for name in STAGES if name not in {"fusellm", "fusechat"}])
+def test_weights_are_used_by_all_others(method):
+    means = {"rule": "mean"} if method in {"infifpo", "wrpo"} else {}
+    assert parse_config(_weighted({"method": method, **means})).stages[0].method == method
+
+
+@pytest.mark.parametrize(
+    "given", [{"k": 3}, {"standardized": False, "k": 2}, {"balance": 0.3}, {"betas": [0.8, 0.95]}], ids=str
+)
+def test_what_can_be_had_is_accepted_and_written_back(given):
+    config = parse_config(stage(**given))
+    assert parse_config(json.loads(config_json(config))) == config
+    assert config.stages[0].model_dump(mode="json").items() >= given.items()
+
+
+def test_what_a_newcomer_gets_is_in_the_measured_safe_range():
+    """docs/methods.md: infifusion with 0.01 to 0.06 left the student as it was, 0.5 destroyed it."""
+    (first,) = parse_config(tree()).stages
+    assert first.method == "infifusion"
+    assert 0.01 <= first.lam <= 0.05
+    assert first.betas == (0.9, 0.999)  # those of torch, transformers and TRL

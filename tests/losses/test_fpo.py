@@ -1,5 +1,6 @@
 """Preference losses: the paper's example to six digits, and TRL's DPO trainer where the two coincide."""
 
+import itertools
 import math
 from collections import defaultdict
 from types import SimpleNamespace
@@ -131,7 +132,7 @@ def test_clipping_never_starts_with_a_positive_margin(rule):
     assert (fpo_loss(chosen, rejected, fused_chosen, fused_rejected) >= math.log(2) - 1e-12).all()
 
 
-def test_max_margin_takes_the_farthest_teacher_of_each_side_and_the_first_of_equals():
+def test_max_margin_takes_the_farthest_teacher_of_each_side():
     teachers = torch.tensor([[-1.0, -0.5], [-0.2, -0.5], [-3.0, -0.5]])
     policy = torch.tensor([-0.3, -2.0])
     initial = torch.tensor([-9.0, -9.0])
@@ -140,6 +141,85 @@ def test_max_margin_takes_the_farthest_teacher_of_each_side_and_the_first_of_equ
     assert fuse_logps(teachers, initial, torch.tensor([-9.0, -9.0]), side="chosen").tolist() == pytest.approx(
         [-0.2, -0.5]
     )
+
+
+RULES = [("max_margin", "response"), ("max_margin", "pair"), ("mean", "response"), ("confidence", "response")]
+
+
+@pytest.mark.parametrize(("rule", "per"), RULES)
+@pytest.mark.parametrize("scale", [1.0, 300.0], ids=["per token", "sums"])
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_order_of_the_teachers_changes_nothing(rule, per, scale, clip):
+    """To the bit, in float32; with teachers that are equal, equally far, or equal to the policy; and some missing."""
+    make = torch.Generator().manual_seed(30)
+    sides = ("chosen", "rejected")
+    teachers = {side: -torch.rand(5, 60, generator=make) * scale - 0.01 for side in sides}
+    for side in sides:
+        teachers[side][3, :20] = teachers[side][1, :20]
+    policy = {side: -torch.rand(60, generator=make) * scale - 0.01 for side in sides}
+    for side in sides:
+        teachers[side][:, 40:45] = policy[side][40:45]
+        teachers[side][2, 45:50] = policy[side][45:50]
+    initial = {side: -torch.rand(60, generator=make) * scale - 0.01 for side in sides}
+    answered = torch.rand(5, 60, generator=make) < 0.7
+    answered[0, ~answered.any(0)] = True
+    weights = None if rule == "max_margin" else torch.tensor([1.0, 3.0, 0.5, 1.0, 2.0])
+    options = {"rule": rule, "per": per, "clip": clip}
+    for where in (None, answered):
+        fused = fuse_pairs(teachers, initial, policy, answered=where, weights=weights, **options)
+        for order in list(itertools.permutations(range(5)))[::7]:
+            again = fuse_pairs(
+                {side: values[list(order)] for side, values in teachers.items()},
+                initial,
+                policy,
+                answered=None if where is None else where[list(order)],
+                weights=None if weights is None else weights[list(order)],
+                **options,
+            )
+            assert all(fused[side].equal(again[side]) for side in sides)
+
+
+@pytest.mark.parametrize("per", ["response", "pair"])
+def test_long_responses_are_told_apart_where_their_probabilities_are_zero_in_float32(per):
+    """exp(-150) is 0: the farthest teacher is that of the largest probability, wherever it is in the list."""
+    lps = [-400.0, -150.0, -310.0]
+    policy = torch.tensor([-300.0])
+    for order in itertools.permutations(lps):
+        teachers = {side: torch.tensor(order)[:, None] for side in ("chosen", "rejected")}
+        at = {"chosen": policy, "rejected": policy}
+        fused = fuse_pairs(teachers, at, at, per=per, clip=False)
+        assert [float(value) for value in fused.values()] == [-150.0, -150.0]
+    # Below the policy too: the margins are exp(-120) - exp(-125) and exp(-120) - exp(-121).
+    near = fuse_logps(torch.tensor([[-121.0], [-125.0]]), policy, torch.tensor([-120.0]), side="chosen", clip=False)
+    assert near.item() == -125.0
+
+
+def test_of_teachers_that_are_equally_far_on_both_sides_one_wins_whatever_their_order():
+    """Above and below the policy by the same probability: which one is a matter of the last bit, not of the list."""
+    policy = torch.tensor([math.log(0.5)])
+    teachers = torch.tensor([[0.25], [0.75]]).log()
+    one, other = (fuse_logps(teachers[order], policy, policy, side="chosen", clip=False) for order in ([0, 1], [1, 0]))
+    assert one.equal(other)
+
+
+def test_weights_count_in_the_means_and_equal_ones_change_no_bit():
+    teachers = torch.tensor([[-0.5], [-0.1], [-2.0]], dtype=torch.float64)
+    weights = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    mean = fuse_logps(teachers, teachers[0], teachers[0], side="chosen", rule="mean", clip=False, weights=weights)
+    assert mean.item() == pytest.approx((-0.5 - 0.2 - 8.0) / 7)
+    inverse = [w / (-lp + 1e-6) for w, lp in zip([1, 2, 4], [-0.5, -0.1, -2.0], strict=True)]
+    expected = sum(w * lp for w, lp in zip(inverse, [-0.5, -0.1, -2.0], strict=True)) / sum(inverse)
+    fused = fuse_logps(
+        teachers, teachers[0], teachers[0], side="chosen", rule="confidence", clip=False, weights=weights
+    )
+    assert fused.item() == pytest.approx(expected, rel=1e-12)
+    many = random_logps(4, 50, seed=31).float()
+    for rule in ("mean", "confidence"):
+        plain, same = (
+            fuse_logps(many, many[0], many[0], side="chosen", rule=rule, weights=weights)
+            for weights in (None, torch.full((4,), 0.7))
+        )
+        assert plain.equal(same)
 
 
 def test_confidence_weighs_by_the_inverse_of_the_negative_log_probability():

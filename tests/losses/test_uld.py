@@ -69,6 +69,14 @@ def test_is_zero_on_equal_shapes_of_distribution_and_blind_to_a_constant():
     assert uld_loss(values, values + 7.0, standardized=False, space="probs").item() == pytest.approx(0.0, abs=1e-5)
 
 
+def test_two_z_scored_values_are_refused_because_they_say_nothing():
+    values = torch.randn(5, 2, generator=torch.Generator().manual_seed(5))
+    for space in ("logits", "probs"):
+        with pytest.raises(LossError, match=r"two z-scored values.*k >= 3"):
+            uld_loss(values, values * 3 - 1, space=space)
+    assert uld_loss(values, values + 1, standardized=False).item() == pytest.approx(2.0)
+
+
 def test_gradient_reaches_the_student_only():
     generator = torch.Generator().manual_seed(3)
     student, teacher = (

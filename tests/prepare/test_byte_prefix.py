@@ -131,3 +131,6 @@ def test_the_teacher_that_foresaw_the_response_counts_more():
     bad = _signals([{1: 0.1}, {END: 0.9}], [1, END], [1])
     np.testing.assert_allclose(teacher_weights([good, bad]), [0.9, 0.1], atol=1e-3)
     np.testing.assert_allclose(teacher_weights([good, bad], temper=0.0), [0.5, 0.5])
+    np.testing.assert_allclose(teacher_weights([good, bad], temper=0.0, prior=[1.0, 3.0]), [0.25, 0.75])
+    np.testing.assert_allclose(teacher_weights([good, bad], prior=[1.0, 3.0]), [0.75, 0.25], atol=1e-2)
+    np.testing.assert_array_equal(teacher_weights([good, bad], prior=[0.7, 0.7]), teacher_weights([good, bad]))

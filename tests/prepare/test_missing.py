@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from rayfuse.config import ByteKD, Data, InfiFPO, parse_config
+from rayfuse.config import ByteKD, Data, InfiFPO, InfiFusion, parse_config
 from rayfuse.data.rows import read_preferences, read_samples
 from rayfuse.errors import ConfigError, MissingSignalsError, TeacherError, TeacherGoneError
 from rayfuse.prepare.preparer import Preparer
@@ -172,11 +172,9 @@ def test_byte_prefix_targets_are_those_of_the_teachers_that_answered(world):
 
 
 def test_a_method_that_cannot_go_on_without_a_teacher_is_refused_before_the_run(tiny, tmp_path, monkeypatch):
-    from rayfuse.stages import METHODS
-
     config = parse_config(tiny.tree(tmp_path / "run", serving={"on_missing": "drop"}))
     _refuse_faults(config)
-    monkeypatch.setitem(METHODS, "infifusion", dataclasses.replace(METHODS["infifusion"], partial=False))
+    monkeypatch.setattr(InfiFusion, "partial", False)
     with pytest.raises(ConfigError, match=r"stages\.0 \(infifusion\) cannot go on without one of its teachers"):
         _refuse_faults(config)
 

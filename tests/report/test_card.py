@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rayfuse.config import Config, parse_config
+from rayfuse.config import STAGES, Config, parse_config
 from rayfuse.config.public import public_config, public_name
 from rayfuse.report.card import write_card
 
@@ -22,6 +22,7 @@ def scores(name: str, role: str, right: int, interval: list[float], bits: float)
     }
 
 
+MINIMAL = {"student": "org/pivot", "teachers": ["org/a", "org/b"], "data": "d.jsonl", "output": "o"}
 RESULTS = {
     "data": {
         "rows": 12040,
@@ -164,14 +165,15 @@ def test_a_relative_folder_that_exists_is_no_hub_id(tmp_path: Path, monkeypatch:
     assert public_name("models/expert") == "expert"
 
 
-def test_every_method_has_its_text():
-    """A new stage without a text would fail only at the end of a long run."""
-    from rayfuse.config import STAGES
-    from rayfuse.report.card import STAGE_TEXTS
-    from rayfuse.stages import METHODS
-
-    assert set(STAGE_TEXTS) == set(STAGES.values())
-    assert set(STAGES) == set(METHODS)
+@pytest.mark.parametrize("method", STAGES)
+def test_every_method_has_its_sentence(config: Config, method: str) -> None:
+    """A stage without a text would fail only at the end of a long run."""
+    (stage,) = parse_config({**MINIMAL, "preferences": "p.jsonl", "stages": [method]}).stages
+    text = stage.text(7)
+    assert text.startswith(f"`{method}`")
+    assert text.endswith(".")
+    kept = stage.kept(7)
+    assert ("top-7" in text) == (kept == 7 and stage.uses_teachers)
 
 
 @pytest.mark.parametrize(
@@ -184,3 +186,12 @@ def test_every_method_has_its_text():
 def test_the_card_says_what_the_weights_number_format_costs(config: Config, tmp_path: Path, saved, said):
     write_card(tmp_path / "README.md", config, {**RESULTS, "saved": saved})
     assert said in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_card_of_preferences_alone_names_no_teachers(tmp_path: Path) -> None:
+    """DPO's reference is the pivot, whatever teachers the configuration has."""
+    config = parse_config({**MINIMAL, "preferences": "p.jsonl", "stages": ["dpo"]})
+    write_card(tmp_path / "README.md", config, {"models": []})
+    card = (tmp_path / "README.md").read_text().partition("## Configuration")[0]
+    assert "org/b" not in card
+    assert "`org/pivot`, trained with rayfuse." in card

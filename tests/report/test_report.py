@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rayfuse.config import config_json, parse_config
+from rayfuse.config import STAGES, config_json, parse_config
 from rayfuse.report.charts import Curve, curve_panel, window
-from rayfuse.report.page import DISTANCES, duration, result_table, write_report
+from rayfuse.report.page import duration, result_table, write_report
 from rayfuse.report.results import Score, best, columns, difference, headline
 
 VOID = {"meta", "br", "link", "img"}
@@ -141,15 +141,43 @@ def test_the_page_holds_the_runs_numbers(folder: Path) -> None:
     assert '"learning_rate": 1e-05' in text
 
 
-@pytest.mark.parametrize("prefix", ["loss_uld/", "loss_kl/", "loss_mse/", "loss_hybrid/"])
-def test_the_distance_to_each_teacher_is_drawn_whatever_the_method_calls_it(folder: Path, prefix: str) -> None:
-    metrics = folder / "metrics.jsonl"
-    metrics.write_text(metrics.read_text().replace("loss_uld/", prefix))
+@pytest.mark.parametrize("method", [name for name, kind in STAGES.items() if kind.uses_teachers])
+def test_everything_that_a_method_measures_has_its_panel(folder: Path, method: str) -> None:
+    parts = STAGES[method].parts
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in (1, 2):
+            keys = [metric.key(name) for metric in parts for name in ("math", "code")]
+            values = {key: 1.5 + index for index, key in enumerate(dict.fromkeys(keys))}
+            record = {"stage": f"02-{method}", "step": step, "steps": 2, "loss": 0.75, "tokens": 100, "seconds": 2.0}
+            file.write(json.dumps({**record, "wait_share": 0.0, **values}) + "\n")
     page = Balanced(write_report(folder).read_text())
     assert page.faults == []
+    assert "total = sft part" not in page.text
+    for metric in parts:
+        assert metric.shown == "loss"
+        assert metric.title in page.text
+        assert metric.unit in page.text
+    last = len({metric.key(name) for metric in parts for name in ("math", "code")}) - 1
+    assert f"{1.5 + last:g}" in page.text
+
+
+def test_a_distance_is_drawn_whatever_the_method_calls_it(folder: Path) -> None:
+    """Where a stage's name tells no method, or one that has no such part."""
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("loss_uld/", "loss_mse/").replace("02-infifusion", "02-other"))
+    page = Balanced(write_report(folder).read_text())
     assert "distance to each teacher" in page.text
-    assert DISTANCES[prefix] in page.text
+    assert "mean square over shared tokens" in page.text
     assert "2.05" in page.text  # 2 + 1/20, the curve's end
+
+
+def test_one_panel_where_the_loss_is_its_sft_part_and_two_where_it_is_not(folder: Path) -> None:
+    assert Balanced(write_report(folder).read_text()).text.count("total = sft part") == 1  # 01-sft
+    metrics = folder / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"loss": 3.0', '"loss": 3.1'))
+    page = Balanced(write_report(folder).read_text()).text
+    assert "total = sft part" not in page
+    assert page.count("sft part") == 2
 
 
 def test_the_best_of_pivot_and_stages_is_marked(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Trust-weighted fine-tuning: against SFT, and against weights worked out by hand."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -60,3 +61,13 @@ def test_a_response_that_nobody_believes_does_not_count():
     (gradient,) = torch.autograd.grad(loss, logps)
     assert gradient[3:].abs().max() < 1e-20
     assert gradient[:3].tolist() == pytest.approx([-math.exp(-0.125) / 5] * 3, rel=1e-6)
+
+
+def test_a_teachers_weight_scales_its_belief_and_equal_ones_change_no_bit():
+    batch = _batch(([-2.0, -8.0], [4, 4]), ([-2.0, -0.5], [2, 5]))
+    plain = sample_weights(Trust(trust=3.0), batch)
+    for weights, expected in (((0.5, 0.5), plain.tolist()), ((1.0, 4.0), None)):
+        targets = [dataclasses.replace(t, weight=w) for t, w in zip(batch.targets, weights, strict=True)]
+        found = sample_weights(Trust(trust=3.0), dataclasses.replace(batch, targets=tuple(targets))).tolist()
+        by_hand = [max(0.25 * math.exp(-1.5), math.exp(-3.0)), max(0.25 * math.exp(-6.0), math.exp(-0.3))]
+        assert found == (expected or pytest.approx(by_hand))

@@ -7,16 +7,27 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rayfuse.config.stages.base import Stage
+from rayfuse.metrics.definitions import Metric
 
 
 class Preference(Stage):
     """What the stages on preference pairs share. They read `preferences`, and batch_size counts pairs."""
 
     sides: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
+    targets: ClassVar[tuple[str, ...]] = ("responses",)
+    parts: ClassVar[tuple[Metric, ...]] = (
+        Metric("margin", "margin", "beta x (chosen - rejected)"),
+        Metric("preferred", "chosen more likely than rejected", "share of pairs"),
+    )
 
     learning_rate: float = Field(1e-7, gt=0, description="peak of the cosine schedule")
     beta: float = Field(2.5, gt=0, description="strength of the preference: 2.5 with length_norm, 0.1 without")
     length_norm: bool = Field(True, description="divide a response's log-probability by the model's own token count")
+
+    def loss_text(self, loss: str) -> str:
+        """The loss on pairs, in words; `loss` is its name."""
+        norm = "length-normalised" if self.length_norm else "summed"
+        return f"{loss} loss with beta {self.beta:g} on {norm} log-probabilities of preference pairs"
 
 
 class FusedPreference(Preference):
@@ -33,6 +44,16 @@ class FusedPreference(Preference):
         "margins add up to most",
     )
 
+    @property
+    def weighs_teachers(self) -> bool:  # type: ignore[override]
+        """Whether the fusion has a place for the teachers' weights: where the winner takes all it has none."""
+        return self.rule != "max_margin"
+
+    def fused_text(self) -> str:
+        """How the teachers are fused, in words."""
+        clip = ", clipped by the model that the stage starts from" if self.clip else ""
+        return f"the teachers fused by {self.rule} per {self.fuse_per}{clip}"
+
     @model_validator(mode="after")
     def _pairs_are_chosen_for(self) -> FusedPreference:
         if self.fuse_per == "pair" and self.rule != "max_margin":
@@ -44,9 +65,17 @@ class InfiFPO(FusedPreference):
     """InfiFPO (arXiv 2505.13878): preference optimisation against the teachers' fused sequence probabilities."""
 
     uses_teachers: ClassVar[bool] = True
+    partial: ClassVar[bool] = True
 
     method: Literal["infifpo"] = "infifpo"
     variant: Literal["fpo", "ipo"] = Field("fpo", description="log-sigmoid loss, or IPO's squared one")
+
+    def text(self, signals_k: int) -> str:
+        """The method's sentence in the model card."""
+        return (
+            f"`infifpo` (InfiFPO, [arXiv 2505.13878](https://arxiv.org/abs/2505.13878)): "
+            f"{self.loss_text(self.variant)}, against {self.fused_text()}."
+        )
 
 
 class DPO(Preference):
@@ -54,6 +83,13 @@ class DPO(Preference):
 
     method: Literal["dpo"] = "dpo"
     variant: Literal["fpo", "ipo"] = Field("fpo", description="DPO's log-sigmoid loss, or IPO's squared one")
+
+    def text(self, signals_k: int) -> str:
+        """The method's sentence in the model card."""
+        return (
+            f"`dpo` (DPO, [arXiv 2305.18290](https://arxiv.org/abs/2305.18290)): {self.loss_text(self.variant)}, "
+            "against the model that the stage starts from."
+        )
 
 
 class WRPO(FusedPreference):
@@ -76,3 +112,11 @@ class WRPO(FusedPreference):
     def uses_teachers(self) -> bool:  # type: ignore[override]
         """Whether the stage learns from the teachers' answers: only where they are the reference."""
         return self.reference == "fused"
+
+    def text(self, signals_k: int) -> str:
+        """The method's sentence in the model card."""
+        reference = self.fused_text() if self.reference == "fused" else "the model that the stage starts from"
+        return (
+            f"`wrpo` (WRPO, [arXiv 2412.03187](https://arxiv.org/abs/2412.03187)): {self.loss_text('log-sigmoid')}"
+            f", {self.alpha:g} x a teacher's response + {1 - self.alpha:g} x the pivot's own, against {reference}."
+        )

@@ -81,6 +81,9 @@ class Engine(Protocol):
             StudentError: it is not finite.
         """
 
+    def take_gradient_norm(self) -> float:
+        """The norm of the whole gradient, the same on all ranks; it is cleared, and no weight changes. Collective."""
+
     def sum_over_workers(self, values: np.ndarray) -> np.ndarray:
         """float64 values summed over the ranks. Collective."""
 

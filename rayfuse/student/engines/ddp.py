@@ -51,7 +51,7 @@ class DDPEngine(Engine):
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=stage.learning_rate,
-            betas=(0.9, 0.95),
+            betas=stage.betas,
             fused=True,
         )
 
@@ -111,6 +111,12 @@ class DDPEngine(Engine):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def take_gradient_norm(self) -> float:
+        """The norm of the gradients of all workers' micro-batches, which are cleared; no weight changes."""
+        norm = float(nn.utils.get_total_norm([p.grad for p in self.named.values() if p.grad is not None]))
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
