@@ -12,8 +12,8 @@ from rayfuse.config.teachers import Teacher
 from rayfuse.metrics.definitions import SFT_PART, Metric
 
 LAM_TEXT = "weight of the distillation term; 1 - lam is that of the SFT term"
-"""What lam is. By its default the term pulls about a fifth as strongly as SFT where a stage starts, unless a measurement
-or the method's authors say better (docs/methods.md)."""
+"""What lam is. By its default the term pulls about a fifth as strongly as SFT where a stage starts, unless a
+measurement or the method's authors say better (docs/methods.md)."""
 BetaOfAdam = Annotated[float, Field(ge=0, lt=1)]
 
 
