@@ -12,7 +12,7 @@ from rayfuse.config.teachers import Teacher
 from rayfuse.metrics.definitions import SFT_PART, Metric
 
 LAM_TEXT = "weight of the distillation term; 1 - lam is that of the SFT term"
-"""What lam is. By its default the term pulls about a fifth as strongly as SFT where a stage starts, unless a measurement
+"""What lam is. By its default the term pulls about a fifth as strongly as SFT where a stage starts, unless a measure
 or the method's authors say better (docs/methods.md)."""
 BetaOfAdam = Annotated[float, Field(ge=0, lt=1)]
 
