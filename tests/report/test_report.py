@@ -171,6 +171,20 @@ def test_a_distance_is_drawn_whatever_the_method_calls_it(folder: Path) -> None:
     assert "2.05" in page.text  # 2 + 1/20, the curve's end
 
 
+def test_how_strongly_a_distance_pulls_is_said_under_its_curves(folder: Path) -> None:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[10])
+    assert first["stage"] == "02-infifusion"
+    lines[10] = json.dumps({**first, "distance_ratio": 6.444, "lam": 0.03})
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    page = Balanced(write_report(folder).read_text())
+    assert page.faults == []
+    said = (
+        "the gradient of the distance was 6.4 times that of SFT; with lam 0.03 the distance pulls 0.2 times as strongly"
+    )
+    assert page.text.count(said) == 1
+
+
 def test_one_panel_where_the_loss_is_its_sft_part_and_two_where_it_is_not(folder: Path) -> None:
     assert Balanced(write_report(folder).read_text()).text.count("total = sft part") == 1  # 01-sft
     metrics = folder / "metrics.jsonl"
