@@ -129,6 +129,7 @@ def test_the_stages_learnt_from_it(run):
     assert [record["stage"] for record in records] == ["01-sft"] * 4 + ["02-infifpo"] * 2
 
 
+@pytest.mark.slow
 def test_a_second_run_asks_nobody_and_chooses_the_same(run, knowing, tmp_path, monkeypatch):
     """The stores hold all answers and scores: neither generation nor scoring is sent to a replica."""
     answers = sorted(path for path in (run / "answers").rglob("*.json"))
@@ -148,6 +149,7 @@ def test_a_second_run_asks_nobody_and_chooses_the_same(run, knowing, tmp_path, m
     assert [path.stat().st_mtime_ns for path in answers] == written
 
 
+@pytest.mark.slow
 def test_free_text_is_scored_by_everybody(run, knowing, tmp_path):
     """The same prompts as if no two answers could be compared: every model scores every answer, kept in the store."""
     free = tree(
