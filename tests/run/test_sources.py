@@ -1,0 +1,48 @@
+"""What a stage reads: the rows as they are, or what the consensus chose of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayfuse.config import parse_config
+from rayfuse.errors import ConfigError
+from rayfuse.evaluation.models import stage_names
+from rayfuse.run.sources import source_name
+
+
+def _config(stages, **changes):
+    tree = {"student": "pivot", "teachers": ["a", "b"], "data": "train.jsonl", "stages": stages, "output": "run"}
+    return parse_config({**tree, **changes})
+
+
+@pytest.mark.parametrize(
+    ("stages", "changes", "names"),
+    [
+        (["sft", "infifusion"], {}, ["data", "data"]),
+        (["sft", "infifusion"], {"consensus": {}}, ["chosen", "chosen"]),
+        ([{"method": "sft", "responses": "data"}, "sft"], {"consensus": {}}, ["data", "chosen"]),
+        (["sft", "infifpo"], {"preferences": "pairs.jsonl"}, ["data", "preferences"]),
+        (["wrpo"], {"preferences": "pairs.jsonl"}, ["triples"]),
+    ],
+)
+def test_a_stage_reads_what_it_says(stages, changes, names):
+    config = _config(stages, **changes)
+    assert [source_name(config, stage) for stage in config.stages] == names
+
+
+def test_the_chosen_answers_need_a_consensus():
+    with pytest.raises(ConfigError, match=r"stages\.0 \(sft\): responses: consensus needs the section `consensus`"):
+        _config([{"method": "sft", "responses": "consensus"}])
+
+
+@pytest.mark.parametrize(
+    ("stages", "names"),
+    [
+        (["sft", "infifusion"], ["sft", "infifusion"]),
+        (["sft", "sft"], ["01-sft", "02-sft"]),
+        ([{"method": "sft", "responses": "data"}, "sft"], ["sft", "experts"]),
+        ([{"method": "sft", "responses": "data"}, "infifusion", "sft"], ["sft", "infifusion-experts", "experts"]),
+    ],
+)
+def test_students_of_chosen_answers_have_a_name_of_their_own_beside_others(stages, names):
+    assert stage_names(_config(stages, consensus={})) == names
