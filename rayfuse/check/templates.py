@@ -83,8 +83,8 @@ def _lost(renderers: Mapping[str, Renderer], samples: Sequence[Sample]) -> Itera
             yield Finding(
                 "data",
                 f"the prompt of {where}, {renderers[where].name}, does not show {part} of a conversation with the "
-                f"roles [{roles}] ({others}); give the model a template that shows it (`tokenizer`: a folder with another "
-                "chat_template.jinja), or leave such rows or that part out of the data",
+                f"roles [{roles}] ({others}); give the model a template that shows it (`tokenizer`: a folder with "
+                "another chat_template.jinja), or leave such rows or that part out of the data",
             )
 
 
