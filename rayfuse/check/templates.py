@@ -81,10 +81,10 @@ def _lost(renderers: Mapping[str, Renderer], samples: Sequence[Sample]) -> Itera
             roles = ", ".join(message.role for message in sample.messages)
             others = f"{', '.join(seen)} read{'s' if len(seen) == 1 else ''} it" if seen else "no model reads it"
             yield Finding(
-                where,
-                f"the prompt of {renderers[where].name} does not show {part} of a conversation with the roles [{roles}]"
-                f" ({others}); give the model a template that shows it (`tokenizer`: a folder with another "
-                "chat_template.jinja), or leave such rows or that part out of the data",
+                "data",
+                f"the prompt of {where}, {renderers[where].name}, does not show {part} of a conversation with the "
+                f"roles [{roles}] ({others}); give the model a template that shows it (`tokenizer`: a folder with "
+                "another chat_template.jinja), or leave such rows or that part out of the data",
             )
 
 

@@ -57,15 +57,16 @@ def test_templates_that_show_everything_are_right(checked):
 def test_what_one_model_does_not_read_is_a_fault_that_names_it_and_the_others(checked):
     (finding,) = checked(SYSTEM, student=PUBLISHED["qwen3"], templates=(WITHOUT_SYSTEM, PUBLISHED["qwen2_5"]))
     assert finding.fault
-    assert finding.where == "teachers.0 (math)"
-    assert "the prompt of " in finding.text
-    assert "/1/math does not show the system message of a conversation with the roles [system, user]" in finding.text
+    assert finding.where == "data"
+    assert finding.text.startswith("the prompt of teachers.0 (math), /")
+    assert "/1/math, does not show the system message of a conversation with the roles [system, user]" in finding.text
     assert "(student, teachers.1 (code) read it); give the model a template that shows it" in finding.text
 
 
 def test_what_no_model_reads_is_a_fault_of_each(checked):
     findings = checked(SYSTEM, student=WITHOUT_SYSTEM, templates=(WITHOUT_SYSTEM, WITHOUT_SYSTEM))
-    assert [finding.where for finding in findings] == ["student", "teachers.0 (math)", "teachers.1 (code)"]
+    models = [finding.text.removeprefix("the prompt of ").partition(", /")[0] for finding in findings]
+    assert models == ["student", "teachers.0 (math)", "teachers.1 (code)"]
     assert all(finding.fault and "no model reads it" in finding.text for finding in findings)
 
 
