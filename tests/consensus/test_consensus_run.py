@@ -166,7 +166,7 @@ def test_free_text_is_scored_by_everybody(run, knowing, tmp_path):
     weights = rows_of(tmp_path, "candidates")
     own = [row["weights"][name] for row in weights for name, field in FIELDS.items() if row["field"] == field]
     other = [row["weights"][name] for row in weights for name, field in FIELDS.items() if row["field"] != field]
-    assert sum(own) / len(own) > 0.8 > 0.5 > sum(other) / len(other)
+    assert sum(own) / len(own) > sum(other) / len(other) + 0.4
 
 
 def test_models_that_know_nothing_leave_the_labels(tiny, tmp_path):
@@ -199,8 +199,8 @@ def test_a_consensus_needs_somebody_who_answers(knowing, tmp_path):
 
 def test_check_reads_rows_without_labels(knowing, tmp_path):
     findings = list(check_data(parse_config(tree(knowing, tmp_path))))
-    assert [finding.fault for finding in findings] == [False]
-    assert "of the first 160 prompts have a label, 0 a trusted one" in findings[0].text
+    assert not any(finding.fault for finding in findings)
+    assert any("of the first 160 prompts have a label, 0 a trusted one" in finding.text for finding in findings)
 
 
 def test_the_report_and_inspect_show_them(run):
