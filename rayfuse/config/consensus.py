@@ -21,7 +21,8 @@ class Consensus(Section):
     equivalence: Literal["auto", "exact", "final", "tests", "none"] = Field(
         "auto",
         description="when two answers say the same: exact text, same final answer (boxed or number), passing the row's "
-        "tests, or none (free text: every model scores every answer); auto chooses by the data",
+        "tests, or none (free text: every model scores every answer); auto chooses among the others by the data, "
+        "and leaves the labels as they are where none fits",
     )
     keep: float = Field(0.5, ge=0, lt=1, description="least probability of being right of an answer to learn from")
     clusters: int = Field(12, ge=1, description="fields to find at most, where the rows name no `skill`")

@@ -167,7 +167,8 @@ def decide(
         candidates: all prompts with all answers.
         equivalence: exact, final, tests, none or auto.
         judge: runs unit tests, where the equivalence comes out as "tests".
-        score: scores all answers of all prompts, where it comes out as "none"; without it the outcome falls back there.
+        score: scores all answers of all prompts, where the equivalence is "none". Without it, and where "auto" comes
+            out as "none", the outcome falls back.
         most_clusters: fields to find at most where the data name none.
         silent: sources that were configured and answer nothing (only stored signals, no generation).
         prior: of the EM.
@@ -178,7 +179,8 @@ def decide(
     clusters = clusters_of(texts, [one.prompt.sample.skill for one in candidates], most_clusters)
     claims = claims_of(candidates, groupings, clusters.of_prompt)
     found: Fit | ScoredFit
-    if chosen.name == "none" and score is not None:
+    # Scores also choose among what nobody knows, so they are asked for by name: auto falls back where it finds none.
+    if equivalence == "none" and score is not None:
         found = fit_scores(candidates, groupings, score(candidates), clusters.of_prompt, prior=prior)
         agree = found.agreement
     else:
@@ -187,7 +189,8 @@ def decide(
     if isinstance(found, ScoredFit):
         hit = found.hits(claims)
     estimates = estimates_of(claims, hit, clusters)
-    findings = _findings(candidates, groupings, agree, estimates, chosen, silent)
+    comparable = chosen.name != "none" or isinstance(found, ScoredFit)
+    findings = _findings(candidates, groupings, agree, comparable, estimates, chosen, silent)
     return Outcome(
         _decisions(candidates, groupings, clusters, claims, found, any(one.falls_back for one in findings)),
         chosen,
@@ -227,6 +230,7 @@ def _findings(
     candidates: Sequence[Candidates],
     groupings: Sequence[Grouping],
     agree: float,
+    comparable: bool,
     estimates: Sequence[Estimate],
     chosen: Chosen,
     silent: Sequence[str],
@@ -241,14 +245,15 @@ def _findings(
     if compared < LEAST_PROMPTS and known < len(candidates):
         text = f"only {compared} prompts have two answers or more; {LEAST_PROMPTS} are needed to learn who is right"
         findings.append(Finding("few prompts", f"{text}: {back}", compared, True))
-    elif agree < LEAST_AGREEMENT and not known:
+    elif not comparable or (agree < LEAST_AGREEMENT and not known):
         text = (
             f"answers to a prompt agree in {agree:.1%} of the prompts (equivalence {chosen.name}: {chosen.reason}): "
-            "either the sources know nothing of these prompts, or their answers cannot be compared this way"
+            "either the sources know nothing of these prompts, or their answers cannot be compared this way (for free "
+            "text set consensus.equivalence to none: then every model scores every answer)"
         )
         findings.append(Finding("no agreement", f"{text}; {back}", agree, True))
     label = next((one for one in estimates if one.source == LABEL and not one.field), None)
-    if label is not None and chosen.name == "none":
+    if label is not None and chosen.name == "none" and comparable:
         text = (
             f"answers cannot be compared ({chosen.reason}): a right label in other words than the right answer counts "
             f"as wrong, so that {1 - label.right:.0%} of wrong labels is an upper bound"
