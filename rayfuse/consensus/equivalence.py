@@ -3,7 +3,7 @@
 exact   the same text, ends stripped
 final   the same final answer: what stands in \\boxed{}, else the same number (evaluation's score `number`)
 tests   programs that pass the prompt's unit tests say the same; each that fails stands alone, and is wrong
-none    free text: nothing but equal texts can be told to say the same, where it is asked for by name, sources score candidates
+none    free text: only equal texts say the same for certain; asked for by name, sources score every candidate instead
 auto    one of these, chosen by the data; see `choose`
 """
 
