@@ -75,7 +75,9 @@ def at_the_start(
             f"{job.name} is at step {done}, and {path} is gone, which holds the lam that its first steps were trained "
             f"with (balance {stage.balance:g}); give that lam in place of balance and start the stage anew"
         )
-    return stage.model_copy(update={"lam": lam}), {DISTANCE_RATIO.name: ratio, LAM.name: lam}
+    # Told in the record of step 1 only: a resumed stage's records are those of one that was never interrupted.
+    told = {} if done else {DISTANCE_RATIO.name: ratio, LAM.name: lam}
+    return stage.model_copy(update={"lam": lam}), told
 
 
 def balanced_lam(name: str, balance: float, ratio: float) -> float:
