@@ -104,5 +104,5 @@ def test_a_judge_whose_weights_cannot_be_read(world, folder):  # noqa: F811
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     judge = {"method": "reward_model", "model": str(folder), "dtype": "float32"}
     prompts = {"path": str(world.tiny.root / "train.jsonl"), "unit_size": 8, "max_length": 200}
-    faults, _ = findings(world(prefer={"write": "triples", "prompts": prompts, "judge": judge}))
+    faults, _ = findings(world(prefer={"write": "triples", "output": "made.jsonl", "prompts": prompts, "judge": judge}))
     only(faults, "prefer", r".*has no \*\.safetensors \(it has: .*pytorch_model\.bin.*pickled weights are refused")
