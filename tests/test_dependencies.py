@@ -13,8 +13,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-IN_EXTRAS = {"vllm", "deepspeed"}
-"""Engines of their own environments, imported only where the configuration names them."""
+IN_EXTRAS = {"vllm", "deepspeed", "gguf", "crowdkit"}
+"""Imported only where the configuration names an engine or a format that needs them, or where a test finds them."""
 
 
 def _imported(folder: Path) -> set[str]:
