@@ -121,7 +121,7 @@ def test_doubtful_labels_and_pairs(run, knowing):
 def test_the_stages_learnt_from_it(run):
     config = parse_config(json.loads((run / "config.json").read_text()))
     data = config.data.model_copy(update={"path": str(run / "consensus" / "choices.jsonl")})
-    assert len(read_samples(data)[0]) == json.loads((run / "results.json").read_text())["data"]["samples"]
+    assert len(read_samples(data)[0]) == json.loads((run / "results.json").read_text())["chosen"]["samples"]
     pairs = config.data.model_copy(update={"path": str(run / "consensus" / "pairs.jsonl")})
     results = json.loads((run / "results.json").read_text())
     assert len(read_preferences(pairs)[0]) == results["preferences"]["samples"]
