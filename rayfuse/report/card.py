@@ -6,6 +6,7 @@ A card is made to be published: of local paths it shows the last component only,
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def write_card(path: Path, config: Config, results: dict[str, Any]) -> None:
         _result(config, results.get("models", [])),
         _how_to_load(config),
         _weights(results.get("saved")),
-        _data(config, results.get("data", {})),
+        *_training_data(config, results),
         _configuration(config),
     ]
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -132,9 +133,24 @@ def _weights(saved: dict[str, Any] | None) -> str:
     return f"The weights are in {saved['dtype']}.{rounded}"
 
 
+def _training_data(config: Config, results: dict[str, Any]) -> Iterator[str]:
+    """What the stages read that led to this model: rows as they are, or what the consensus chose of them."""
+    led = list(config.stages)
+    start = max((index for index, stage in enumerate(led) if stage.start_from == "pivot"), default=0)
+    learns = {config.learns_chosen(stage) for stage in led[start:] if not stage.uses_preferences}
+    if False in learns and results.get("data"):
+        yield _data(config, results["data"])
+    if True in learns and results.get("chosen"):
+        counts = results["chosen"]
+        names = ", ".join(_code(public_name(path)) for part in config.data.parts for path in part.paths)
+        yield (
+            f"## Training data\n\nTeachers and the pivot answered the prompts of {names}. Trained on the "
+            f"{counts['samples']:,} answers and labels that are probably right; {counts['too_long']:,} more were too long "
+            f"and {counts.get('unreadable', 0):,} unreadable for a model, and were left out."
+        )
+
+
 def _data(config: Config, counts: dict[str, Any]) -> str:
-    if not counts:
-        return ""
     names = ", ".join(_code(public_name(path)) for part in config.data.parts for path in part.paths)
     text = (
         f"{counts['rows']:,} rows of {names}; {counts['bad_rows']:,} malformed rows "

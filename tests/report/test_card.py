@@ -195,3 +195,24 @@ def test_a_card_of_preferences_alone_names_no_teachers(tmp_path: Path) -> None:
     card = (tmp_path / "README.md").read_text().partition("## Configuration")[0]
     assert "org/b" not in card
     assert "`org/pivot`, trained with rayfuse." in card
+
+
+def test_the_card_names_only_data_that_led_to_this_model(tmp_path):
+    tree = {
+        "student": "pivot",
+        "teachers": ["a"],
+        "data": "train.jsonl",
+        "consensus": {},
+        "stages": [{"method": "sft", "responses": "data"}, {"method": "sft", "start_from": "pivot"}],
+        "output": str(tmp_path / "run"),
+    }
+    results = {"data": RESULTS["data"], "chosen": {**RESULTS["data"], "samples": 77}, "models": [], "times": {}}
+    write_card(tmp_path / "README.md", parse_config(tree), results)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "77 answers and labels that are probably right" in card
+    assert "malformed rows" not in card
+    tree["stages"][1]["start_from"] = "previous"
+    write_card(tmp_path / "README.md", parse_config(tree), results)
+    both = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "77 answers" in both
+    assert "malformed rows" in both
