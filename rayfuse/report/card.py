@@ -145,8 +145,8 @@ def _training_data(config: Config, results: dict[str, Any]) -> Iterator[str]:
         names = ", ".join(_code(public_name(path)) for part in config.data.parts for path in part.paths)
         yield (
             f"## Training data\n\nTeachers and the pivot answered the prompts of {names}. Trained on the "
-            f"{counts['samples']:,} answers and labels that are probably right; {counts['too_long']:,} more were too long "
-            f"and {counts.get('unreadable', 0):,} unreadable for a model, and were left out."
+            f"{counts['samples']:,} answers and labels that are probably right; {counts['too_long']:,} more were too "
+            f"long and {counts.get('unreadable', 0):,} unreadable for a model, and were left out."
         )
 
 
