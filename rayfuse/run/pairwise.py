@@ -11,7 +11,6 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rayfuse import cluster
@@ -19,6 +18,7 @@ from rayfuse.config import Merge
 from rayfuse.errors import RayfuseError, StudentError
 from rayfuse.models.loading import model_folder
 from rayfuse.models.merge import merge
+from rayfuse.run.stage_job import with_one_teacher
 from rayfuse.student.group import train_group
 from rayfuse.student.job import StageJob
 from rayfuse.student.result import commit_model, half_model, is_finished
@@ -43,15 +43,7 @@ def train_pairwise(
     Raises:
         RayfuseError: a student cannot be trained, or the students cannot be merged; what was trained is kept.
     """
-    jobs = [
-        replace(
-            job,
-            spec=replace(job.spec, teachers=(teacher,)),
-            part=teacher.name,
-            identity=f"{job.identity}/{teacher.fingerprint}",
-        )
-        for teacher in job.spec.teachers
-    ]
+    jobs = [with_one_teacher(job, teacher) for teacher in job.spec.teachers]
     done = {alone.part: alone.folder / "model" for alone in jobs if is_finished(alone)}
     missing = [alone for alone in jobs if alone.part not in done]
     done |= side_by_side(missing, at_once or how.parallel or cluster.students_at_once(job.config), train)

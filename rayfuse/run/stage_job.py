@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import rayfuse
@@ -85,6 +86,14 @@ def stage_job(
         sizes=source.sizes,
         made_of=made_of,
     )
+
+
+def with_one_teacher(job: StageJob, teacher: IdentifiedTeacher) -> StageJob:
+    """The job of one student of a pairwise stage. It depends on no other teacher: mending one costs it nothing."""
+    own = f"teacher {teacher.name}"
+    made_of = {name: value for name, value in job.made_of.items() if name == own or not name.startswith("teacher ")}
+    spec = replace(job.spec, teachers=(teacher,))
+    return replace(job, spec=spec, part=teacher.name, identity=_hash(made_of), made_of=made_of)
 
 
 def identify_pivot(config: Config) -> str:
