@@ -169,6 +169,7 @@ def test_free_text_is_scored_by_everybody(run, knowing, tmp_path):
     assert sum(own) / len(own) > sum(other) / len(other) + 0.4
 
 
+@pytest.mark.slow
 def test_models_that_know_nothing_leave_the_labels(tiny, tmp_path):
     """Untrained teachers agree on nothing: the run says so and learns the labels as they are."""
     config = tiny.tree(tmp_path, recipe="experts", consensus={"max_new_tokens": 4, "pivot": False})

@@ -157,6 +157,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", CHANGES)
 def test_a_resumed_run_whose_inputs_changed_is_refused_and_describes_nothing_anew(resumable, part, monkeypatch):
     """Card and report would tell of data or models that the weights have not seen."""
@@ -173,6 +174,7 @@ def test_a_resumed_run_whose_inputs_changed_is_refused_and_describes_nothing_ane
     assert [path.read_bytes() for path in told] == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_resumed_with_other_patience_and_in_another_number_format(resumable, capsys):
     config, _ = resumable
     teachers = tuple(teacher.model_copy(update={"patience_s": 7.0}) for teacher in config.teachers)
@@ -185,6 +187,7 @@ def test_a_finished_run_is_resumed_with_other_patience_and_in_another_number_for
     assert "of the training's update survives" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_damaged_model_of_a_finished_stage_is_not_fused(resumable):
     config, _ = resumable
     weights = config.stage_folder(0) / "model/model.safetensors"
@@ -214,6 +217,7 @@ def _survives(folder, pivot, model):
     return float(left @ update / (update @ update))
 
 
+@pytest.mark.slow
 def test_small_updates_reach_the_next_stage_whole_and_the_rounding_of_the_last_model_is_told(tiny, tmp_path, cluster):
     """A bfloat16 pivot and student at a rate of 1e-7; in the second stage the policy begins as its reference."""
     pivot = _bfloat16_pivot(tiny, tmp_path / "pivot")
@@ -273,6 +277,7 @@ def test_the_three_methods_in_one_run(tiny, tmp_path, cluster):
     assert (tmp_path / "run/report.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [None, "float32"])
 def test_a_merged_model_is_in_the_pivots_format_unless_asked(tiny, tmp_path, cluster, asked):
     pivot = _bfloat16_pivot(tiny, tmp_path / "pivot")
