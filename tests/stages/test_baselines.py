@@ -171,10 +171,6 @@ def test_uld_is_trls_loss_where_the_whole_vocabulary_is_kept(lam):
     _same_as_trl(uld_original_loss, ULD(lam=lam), _trl())
 
 
-def test_ulds_default_weights_are_one_and_a_half_to_one():
-    assert ULD().lam / (1 - ULD().lam) == pytest.approx(1.5)
-
-
 def test_uld_compares_the_largest_true_probabilities():
     case = _case(3)
 

@@ -1,5 +1,7 @@
 """The load-balancing loss of mixtures of experts, against transformers' own."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -121,12 +123,11 @@ def test_a_step_counts_every_token_once(mixtral, batch_of, cuts, monkeypatch):
     batches = [batch_of(mixtral, cut) for cut in cuts]
     engine = _engine(mixtral)
     job = StageJob.__new__(StageJob)
-    object.__setattr__(job, "config", None)
+    object.__setattr__(job, "config", SimpleNamespace(signals=SimpleNamespace(k=4)))
     object.__setattr__(job, "index", 0)
     monkeypatch.setattr(StageJob, "stage", STAGE)
-    monkeypatch.setattr(loop, "ranks", lambda *_: 4)
     object.__setattr__(job, "spec", PrepareSpec(Student(model=mixtral), (), "", 4, "bytes", 200))
-    record = loop._step(job, engine, batches, 1e-3)
+    record = loop._step(job, STAGE, engine, batches, 1e-3, rank=0, world=1)
     tokens = np.array([batch.attention_mask.sum() for batch in batches])
     balances = [float(_expected(mixtral, batch)[1]) for batch in batches]
     assert record["loss_router"] == pytest.approx(0.05 * np.average(balances, weights=tokens), rel=1e-5)
