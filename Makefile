@@ -11,7 +11,7 @@ VLLM_BIN := .venv-vllm/bin
 RENDERING := tests/data/test_render.py tests/data/test_template.py tests/data/test_messages.py \
     tests/data/test_thoughts.py tests/data/test_shown.py
 
-.PHONY: quickstart test slow pins lint bench bench-quick compare smollm2 vllm gpu clean
+.PHONY: quickstart test slow recovery pins lint bench bench-quick compare smollm2 vllm gpu clean
 
 $(VENV)/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,6 +32,9 @@ test: $(VENV)/.dev lint  ## lint, types and the default tests
 
 slow: $(VENV)/.dev  ## the tests that take minutes, and those that kill processes (without those of benchmarks)
 	$(BIN)/python -m pytest -q -m "slow or chaos" --ignore tests/bench
+
+recovery: $(VENV)/.dev  ## whole runs that are killed and resumed, and students that are merged
+	$(BIN)/python -m pytest -q -m "slow or chaos" tests/run/test_fuse.py -k "killed_and_resumed or pairwise or merged_model"
 
 bench-quick: $(VENV)/.dev  ## every benchmark with tiny sizes, to see that it runs (7 minutes)
 	$(BIN)/python -m pytest -q -m slow tests/bench
