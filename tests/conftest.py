@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Many fixtures end Ray by ray.shutdown, as no program does (cluster.session): Serve's threads, which outlive it,
-# must not start the next one, of two CPUs.
-os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
-
 import pytest
 from hypothesis import settings
 
+from rayfuse import cluster
+from rayfuse.config import parse_config
 from rayfuse.quickstart.skills import make
 from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, save
 
@@ -63,3 +61,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     for name, part in (("train", rows), ("eval", rows[::5]), ("pairs", pairs)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     return TinyWorld(root)
+
+
+@pytest.fixture(scope="module")
+def embedded_ray(tiny: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One embedded Ray for all runs of a module, which share its processes; it ends with the module."""
+    student = {"model": tiny.model("pivot"), "cpus": 4}
+    cluster.connect(parse_config(tiny.tree(tmp_path_factory.mktemp("ray"), student=student)))
+    yield
+    cluster.end_embedded()

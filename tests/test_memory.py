@@ -19,7 +19,7 @@ model = LlamaForCausalLM(LlamaConfig(vocab_size=V, hidden_size=H, intermediate_s
     num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=2 * T, tie_word_embeddings=False))
 ids = torch.randint(0, V, (B, T))
 def peak():
-    # Not ru_maxrss: a process takes that over from the one that started it, so that a large pytest would hide the growth.
+    # Not ru_maxrss, which a process takes over from the one that started it: a large pytest would hide the growth.
     return int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) * 1024
 {body}
 print(json.dumps(peak() - before))

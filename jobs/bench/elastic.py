@@ -200,7 +200,7 @@ def main() -> None:
                 if "copies" not in options.skip:
                     add_a_copy(named, samples)
             serve.shutdown()
-            ray.shutdown()
+            cluster.end_embedded()
         if "nodes" not in options.skip:
             lose_a_node(Path(folder), options.window, options.layers)
 

@@ -336,7 +336,7 @@ def main() -> None:
         flow(folder, args.teachers, args.units, args.rounds, rows, args.in_flight)
         scaling(folder, args.replicas, args.seconds, args.per_replica, calls, args.rounds)
     finally:
-        ray.shutdown()
+        cluster.end_embedded()
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -80,7 +80,7 @@ def main() -> None:
             print(f"{count} replicas, {enough:.2f} x what the student asks for: waits {100 * share:5.1f} % of its time")
             applications.delete([slow])
     finally:
-        ray.shutdown()
+        cluster.end_embedded()
         shutil.rmtree(folder, ignore_errors=True)
 
 

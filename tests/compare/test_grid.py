@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import ray
 from rich.console import Console
 
 from rayfuse.compare.cell import Bench
@@ -50,23 +49,20 @@ def bench(tiny, tmp_path) -> Bench:
 
 
 @pytest.mark.slow
-def test_a_comparison_is_done_in_pieces_and_told_as_measured(bench, tmp_path):
+def test_a_comparison_is_done_in_pieces_and_told_as_measured(bench, tmp_path, embedded_ray):
     results, docs = tmp_path / "results.parquet", tmp_path / "docs"
     console = Console()
-    try:
-        only_sft = bench.plan.model_copy(update={"methods": {"sft": bench.plan.methods["sft"]}, "questions": ()})
-        assert run_grid(Bench(only_sft, bench.world, bench.work), results, console) == []
-        before = pd.read_parquet(results)
-        assert sorted(before.purpose) == ["cost", "report", "report"]
+    only_sft = bench.plan.model_copy(update={"methods": {"sft": bench.plan.methods["sft"]}, "questions": ()})
+    assert run_grid(Bench(only_sft, bench.world, bench.work), results, console) == []
+    before = pd.read_parquet(results)
+    assert sorted(before.purpose) == ["cost", "report", "report"]
 
-        assert run_grid(bench, results, console) == []
-        table = pd.read_parquet(results)
-        pd.testing.assert_frame_equal(table.iloc[:3][before.columns], before, check_dtype=False)  # not done again
-        assert table.cell.is_unique
-        assert table.purpose.value_counts().to_dict() == {"report": 6, "tune": 2, "cost": 3}
-        assert not list(open_cells(bench.plan, Results(results).rows))
-    finally:
-        ray.shutdown()
+    assert run_grid(bench, results, console) == []
+    table = pd.read_parquet(results)
+    pd.testing.assert_frame_equal(table.iloc[:3][before.columns], before, check_dtype=False)  # not done again
+    assert table.cell.is_unique
+    assert table.purpose.value_counts().to_dict() == {"report": 6, "tune": 2, "cost": 3}
+    assert not list(open_cells(bench.plan, Results(results).rows))
 
     _check_rows(table)
     page = write_page(bench.plan, results, docs).read_text()

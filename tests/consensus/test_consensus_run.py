@@ -5,7 +5,6 @@ from html import escape
 from random import Random
 
 import pytest
-import ray
 from rich.console import Console
 
 from rayfuse.check.data import check_data
@@ -70,11 +69,10 @@ def rows_of(folder, name):
 
 
 @pytest.fixture(scope="module")
-def run(knowing, tmp_path_factory):
+def run(knowing, tmp_path_factory, embedded_ray):
     folder = tmp_path_factory.mktemp("run")
     fuse(parse_config(tree(knowing, folder)))
-    yield folder
-    ray.shutdown()
+    return folder
 
 
 def test_the_choices_are_right(run, knowing):

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
@@ -72,12 +71,11 @@ def tree(tiny, folder, reward_model, prompts, **changes):
 
 
 @pytest.fixture(scope="module")
-def made(tiny, reward_model, prompts, tmp_path_factory):
+def made(tiny, reward_model, prompts, tmp_path_factory, embedded_ray):
     """The folder of a run that made triples."""
     folder = tmp_path_factory.mktemp("made")
     assert prefer(parse_config(tree(tiny, folder, reward_model, prompts))) == folder / "made.jsonl"
-    yield folder
-    ray.shutdown()
+    return folder
 
 
 def rows_of(folder):

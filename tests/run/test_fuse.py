@@ -13,7 +13,6 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-import ray
 import torch
 import yaml
 from rich.console import Console
@@ -36,14 +35,7 @@ def _metrics(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """An embedded Ray that ends with this module."""
-    yield
-    ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory, cluster):
+def run(tiny, tmp_path_factory, embedded_ray):
     """A finished run: SFT, then two passes of InfiFusion over all data, evaluated."""
     output = tmp_path_factory.mktemp("runs") / "tiny"
     common = {"batch_size": 16, "learning_rate": 1e-3}
@@ -218,7 +210,9 @@ def _survives(folder, pivot, model):
 
 
 @pytest.mark.slow
-def test_small_updates_reach_the_next_stage_whole_and_the_rounding_of_the_last_model_is_told(tiny, tmp_path, cluster):
+def test_small_updates_reach_the_next_stage_whole_and_the_rounding_of_the_last_model_is_told(
+    tiny, tmp_path, embedded_ray
+):
     """A bfloat16 pivot and student at a rate of 1e-7; in the second stage the policy begins as its reference."""
     pivot = _bfloat16_pivot(tiny, tmp_path / "pivot")
     common = {"steps": 2, "batch_size": 16, "learning_rate": 1e-7}
@@ -251,7 +245,7 @@ def test_small_updates_reach_the_next_stage_whole_and_the_rounding_of_the_last_m
     assert fused.config.attention_dropout == 0.1
 
 
-def test_the_three_methods_in_one_run(tiny, tmp_path, cluster):
+def test_the_three_methods_in_one_run(tiny, tmp_path, embedded_ray):
     """SFT, InfiFusion, InfiGFusion, InfiFPO and DPO, each from the model before it; signals are shared."""
     common = {"steps": 15, "batch_size": 16, "learning_rate": 1e-3}
     methods = ("sft", "infifusion", "infigfusion", "infifpo", "dpo")
@@ -279,7 +273,7 @@ def test_the_three_methods_in_one_run(tiny, tmp_path, cluster):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asked", [None, "float32"])
-def test_a_merged_model_is_in_the_pivots_format_unless_asked(tiny, tmp_path, cluster, asked):
+def test_a_merged_model_is_in_the_pivots_format_unless_asked(tiny, tmp_path, embedded_ray, asked):
     pivot = _bfloat16_pivot(tiny, tmp_path / "pivot")
     common = {"steps": 1, "batch_size": 16, "learning_rate": 1e-5}
     merge = {"method": "task_arithmetic", "parallel": 1}
@@ -307,7 +301,7 @@ def _students(folder):
 
 
 @pytest.mark.slow
-def test_pairwise_infifusion_trains_a_student_per_teacher_and_merges_them(tiny, tmp_path, cluster):
+def test_pairwise_infifusion_trains_a_student_per_teacher_and_merges_them(tiny, tmp_path, embedded_ray):
     """With task arithmetic and weights 1/S the result is the mean; side by side or one by one, it is the same bits."""
     for name, parallel in (("together", 2), ("in turn", 1)):
         stage = {**PAIRWISE, "merge": {"method": "task_arithmetic", "parallel": parallel}}
@@ -327,7 +321,7 @@ def test_pairwise_infifusion_trains_a_student_per_teacher_and_merges_them(tiny, 
 
 
 @pytest.mark.slow
-def test_a_teacher_that_fails_costs_the_other_student_nothing(tiny, tmp_path, cluster):
+def test_a_teacher_that_fails_costs_the_other_student_nothing(tiny, tmp_path, embedded_ray):
     """One of two teachers cannot start: the other's student is kept, and a resume trains the missing one only."""
     broken = shutil.copytree(tiny.model("code"), tmp_path / "code")
     (broken / "model.safetensors").rename(tmp_path / "weights")
@@ -344,7 +338,7 @@ def test_a_teacher_that_fails_costs_the_other_student_nothing(tiny, tmp_path, cl
     assert sorted(steps) == sorted((f"01-infifusion/{name}", step) for name in ("math", "code") for step in (1, 2, 3))
 
 
-def test_a_teacher_that_cannot_start_ends_the_run_with_its_cause(tiny, tmp_path, cluster):
+def test_a_teacher_that_cannot_start_ends_the_run_with_its_cause(tiny, tmp_path, embedded_ray):
     """The replica's own error reaches the user, instead of waiting for a teacher that never comes."""
     tree = tiny.tree(tmp_path / "run")
     tree["signals"]["k"] = 10_000

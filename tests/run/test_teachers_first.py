@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import ray
 from ray import serve
 from rich.console import Console
 from safetensors.torch import load_file
@@ -20,15 +19,6 @@ pytestmark = pytest.mark.slow
 STAGES = [{"method": "infifusion", "steps": 4, "batch_size": 16, "learning_rate": 1e-3}]
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    """An embedded Ray that ends with this module."""
-    yield
-    if ray.is_initialized():
-        serve.shutdown()
-    ray.shutdown()
-
-
 def _files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.safetensors")}
 
@@ -37,7 +27,7 @@ def _records(output):
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_first_gives_the_signals_and_the_model_of_online(tiny, tmp_path, cluster):
+def test_first_gives_the_signals_and_the_model_of_online(tiny, tmp_path, embedded_ray):
     outputs = {}
     for mode in ("online", "first"):
         outputs[mode] = tmp_path / mode
@@ -53,7 +43,7 @@ def test_first_gives_the_signals_and_the_model_of_online(tiny, tmp_path, cluster
     assert not serve.status().applications, "the teachers give their memory back before the student starts"
 
 
-def test_a_run_goes_on_without_a_teacher_that_never_answers(tiny, tmp_path, cluster):
+def test_a_run_goes_on_without_a_teacher_that_never_answers(tiny, tmp_path, embedded_ray):
     """The second teacher's weights are gone when its copies start: dropped, counted in metrics and report."""
     tree = tiny.tree(tmp_path / "run", stages=STAGES, serving={"on_missing": "drop", "max_dropped": 0.5})
     tree["teachers"][1]["replicas"] = {"idle_s": 5}
@@ -75,7 +65,7 @@ def test_a_run_goes_on_without_a_teacher_that_never_answers(tiny, tmp_path, clus
         assert (mine[name] - value).abs().max() < 1e-5, "the one that is left counts for both"
 
 
-def test_more_than_may_be_dropped_ends_the_run(tiny, tmp_path, cluster):
+def test_more_than_may_be_dropped_ends_the_run(tiny, tmp_path, embedded_ray):
     tree = tiny.tree(tmp_path / "run", stages=STAGES, serving={"on_missing": "drop", "max_dropped": 0.2})
     config = parse_config(tree)
     _break(config, 1)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import ray
 import yaml
 from safetensors.torch import load_file
 
@@ -25,15 +24,14 @@ PARTS = {
 
 
 @pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory):
+def run(tiny, tmp_path_factory, embedded_ray):
     """One run whose stages are all baselines, each from the pivot."""
     folder = tmp_path_factory.mktemp("baselines")
     common = {"steps": STEPS, "batch_size": 16, "learning_rate": 2e-3, "start_from": "pivot"}
     stages = [{"method": method, **common} for method in PARTS]
     (folder / "run.yaml").write_text(yaml.safe_dump(tiny.tree(folder / "run", stages=stages)))
     fuse(load_config(folder / "run.yaml"))
-    yield folder / "run"
-    ray.shutdown()
+    return folder / "run"
 
 
 @pytest.mark.parametrize("method", PARTS)

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import ray
 import yaml
 
 from rayfuse.config import load_config
@@ -22,15 +21,14 @@ STAGES = {
 
 
 @pytest.fixture(scope="module")
-def run(tiny, tmp_path_factory):
+def run(tiny, tmp_path_factory, embedded_ray):
     """One run with a stage of each, from the pivot."""
     folder = tmp_path_factory.mktemp("transport")
     common = {"steps": STEPS, "batch_size": 16, "learning_rate": 2e-3, "start_from": "pivot"}
     stages = [{"method": method, **knobs, **common} for method, (knobs, _) in STAGES.items()]
     (folder / "run.yaml").write_text(yaml.safe_dump(tiny.tree(folder / "run", stages=stages)))
     fuse(load_config(folder / "run.yaml"))
-    yield folder / "run"
-    ray.shutdown()
+    return folder / "run"
 
 
 @pytest.mark.parametrize("method", STAGES)

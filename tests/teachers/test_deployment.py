@@ -9,10 +9,9 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-import ray
 from ray import serve
 
-from rayfuse.cluster import connect
+from rayfuse.cluster import connect, end_embedded
 from rayfuse.config import Data, parse_config
 from rayfuse.data.rows import read_samples
 from rayfuse.errors import TeacherError
@@ -31,7 +30,7 @@ K = 5
 def cluster(tiny, tmp_path_factory):
     yield connect(parse_config(tiny.tree(tmp_path_factory.mktemp("serve"))))
     serve.shutdown()  # the handles' threads end before what they listen to
-    ray.shutdown()
+    end_embedded()
 
 
 def _replicas(name):

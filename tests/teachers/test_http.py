@@ -10,7 +10,6 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import ray
 from ray import serve
 from rich.console import Console
 from safetensors.numpy import load
@@ -45,7 +44,7 @@ def world(tiny, tmp_path_factory):
         with served(teachers, K, http, Console(quiet=True)) as server:
             yield teachers[0], server.url
     serve.shutdown()
-    ray.shutdown()
+    cluster.end_embedded()
 
 
 @pytest.fixture

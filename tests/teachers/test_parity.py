@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from ray import serve
 from rich.console import Console
@@ -213,4 +212,4 @@ def test_through_the_deployment_once_per_fingerprint(tiny, tmp_path):
         delete([*teachers, IdentifiedTeacher(teacher, name)])
     finally:
         serve.shutdown()
-        ray.shutdown()
+        cluster.end_embedded()

@@ -21,7 +21,7 @@ K = 5
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory):
+def runs(tiny, tmp_path_factory, embedded_ray):
     """Three finished runs of one configuration: `code` behind a server, both teachers stored, both here."""
     folder = tmp_path_factory.mktemp("remote")
     with pytest.MonkeyPatch.context() as patch, StandIn(tiny.model("code"), key=KEY) as server:
@@ -47,7 +47,6 @@ def runs(tiny, tmp_path_factory):
         with pytest.raises(TeacherError) as refused:
             run("refused", [math, behind], "refused-store")
         yield folder, server, session, str(refused.value)
-        ray.shutdown()
 
 
 def records(folder):

@@ -12,7 +12,7 @@ import yaml
 from ray import serve
 from rich.console import Console
 
-from rayfuse.cluster import connect
+from rayfuse.cluster import connect, end_embedded
 from rayfuse.config import Data, parse_config
 from rayfuse.data.rows import read_samples
 from rayfuse.errors import ConfigError, TeacherError
@@ -47,7 +47,7 @@ def cluster(tiny, tmp_path_factory):
     connect(config)
     yield config
     serve.shutdown()
-    ray.shutdown()
+    end_embedded()
 
 
 def _running(name):
@@ -137,7 +137,6 @@ RUN = """
 import sys
 import time
 
-import ray
 
 from rayfuse.config import load_config
 from rayfuse.models import fingerprint

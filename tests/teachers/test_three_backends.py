@@ -14,7 +14,6 @@ import threading
 import time
 
 import pytest
-import ray
 import torch
 from ray import serve
 from rich.console import Console
@@ -169,12 +168,8 @@ def test_a_run_with_three_engines_equals_its_twin_in_transformers(
         finally:
             ended.set()
             watcher.join()
-            serve.shutdown()
-            ray.shutdown()
         seconds = time.monotonic() - begun
     fuse(parse_config(_tree(world, smollm2_folder, tmp_path / "twin")))
-    serve.shutdown()
-    ray.shutdown()
 
     losses = [_losses(tmp_path / name) for name in ("mixed", "twin")]
     assert len(losses[0]) == len(losses[1]) == STEPS

@@ -14,13 +14,12 @@ import subprocess
 import numpy as np
 import psutil
 import pytest
-import ray
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from jobs.smollm2_world import human_eval_problems
 from jobs.vllm_server import ROOT
-from rayfuse.cluster import connect
+from rayfuse.cluster import connect, end_embedded
 from rayfuse.config import Teacher, parse_config
 from rayfuse.data.sample import Sample
 from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
@@ -184,7 +183,7 @@ def cluster(smollm2_folder, vllm_python, tmp_path_factory):
     }
     config = parse_config(tree).absolute()
     yield connect(config), config.teachers[0]
-    ray.shutdown()
+    end_embedded()
 
 
 def _replica(name):
