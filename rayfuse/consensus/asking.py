@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
 
 from rayfuse import cluster
+from rayfuse.cluster.failures import own_errors
 from rayfuse.config import Data, Model, Teacher
 from rayfuse.consensus.candidates import Answer, Candidates
 from rayfuse.consensus.scored import Scores
 from rayfuse.data.sample import Sample
-from rayfuse.errors import RayfuseError
 from rayfuse.prepare.measure import measure
 from rayfuse.prepare.spec import PrepareSpec
 from rayfuse.prepare.tasks import preparer
@@ -171,9 +170,7 @@ def in_tasks(
     while running:
         (ready,), _ = ray.wait(list(running), num_returns=1)
         index = running.pop(ready)
-        try:
+        with own_errors():
             made = ray.get(ready)
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, RayfuseError) else error from None
         begin()
         yield index, made

@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
 
 from rayfuse import cluster
+from rayfuse.cluster.failures import own_errors
 from rayfuse.config import Config, Data, Model, Prefer, Teacher
 from rayfuse.data.prompts import Prompt
 from rayfuse.data.sample import Sample
-from rayfuse.errors import RayfuseError
 from rayfuse.evaluation.judges import JudgeActor
 from rayfuse.prefer.selection import Response
 from rayfuse.prepare.measure import measure
@@ -41,10 +40,8 @@ def judged(
     while stages:
         (ready,), _ = ray.wait(list(stages), num_returns=1)
         index, stage = stages.pop(ready)
-        try:
+        with own_errors():
             result = ray.get(ready)
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, RayfuseError) else error from None
         if stage == "answered":
             parts[index] = result
             pairs = _to_judge(units[index], parts[index])

@@ -16,6 +16,7 @@ from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from rayfuse import cluster
+from rayfuse.cluster.failures import own_errors
 from rayfuse.errors import RayfuseError
 from rayfuse.prepare.tasks import fill_unit
 from rayfuse.prepare.units import unit_order
@@ -74,12 +75,11 @@ def _fill(job: StageJob, units: Sequence[int]) -> dict[str, float]:
         if not pending:
             return stats
         try:
-            unit_stats = ray.get(pending.popleft())
-        except RayTaskError as error:
+            with own_errors():
+                unit_stats = ray.get(pending.popleft())
+        except (RayfuseError, RayTaskError):
             for waiting in pending:
                 ray.cancel(waiting)
-            if isinstance(error.cause, RayfuseError):
-                raise error.cause from error
             raise
         for name, value in unit_stats.items():
             stats[name] = stats.get(name, 0.0) + value

@@ -20,6 +20,7 @@ from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from rayfuse import cluster
+from rayfuse.cluster.failures import own_errors
 from rayfuse.config import Model, Teacher
 from rayfuse.data.render import Renderer
 from rayfuse.data.sample import Message, Sample
@@ -168,10 +169,9 @@ def _wait_for(teacher: Teacher, judged: Any) -> dict[str, Any]:
             "parity: false to trust it unseen"
         )
     try:
-        record: dict[str, Any] = ray.get(judged)
+        with own_errors():
+            record: dict[str, Any] = ray.get(judged)
     except RayTaskError as error:
-        if isinstance(error.cause, RayfuseError):
-            raise error.cause from error
         raise TeacherError(f"teacher {teacher.name}: its self-test failed: {error}") from error
     return record
 

@@ -13,8 +13,9 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
+from rayfuse.cluster.failures import own_errors
 from rayfuse.data.sample import Sample
-from rayfuse.errors import RayfuseError, TeacherError, TeacherGoneError
+from rayfuse.errors import TeacherError, TeacherGoneError
 from rayfuse.signals.codec import unpack
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.teachers.identity import IdentifiedTeacher
@@ -113,12 +114,11 @@ class Call:
     def poll(self) -> Answer | Waiting | Lost:
         """Look at the answer once, for at most CALL_TIMEOUT_S; raises as `wait`."""
         try:
-            return Answer(self.response.result(timeout_s=CALL_TIMEOUT_S))
+            with own_errors():
+                return Answer(self.response.result(timeout_s=CALL_TIMEOUT_S))
         except TimeoutError:
             return Waiting(self.target.has_replicas())
         except RayTaskError as error:
-            if isinstance(error.cause, RayfuseError):
-                raise error.cause from error
             raise TeacherError(f"teacher {self.target.name} failed on a unit: {error}") from error
         except (RayServeException, RayError, ConnectionError) as error:
             if isinstance(error, RayServeException) and not isinstance(error, BackPressureError):
