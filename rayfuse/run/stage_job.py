@@ -62,14 +62,7 @@ def stage_job(
     )
     made_of = {
         "code (rayfuse)": rayfuse.__version__,
-        "settings": _hash(
-            [
-                stage.model_dump(mode="json", exclude={"save_every": True, "keep": True, "merge": {"parallel"}}),
-                config.student.model_dump(mode="json", exclude=NOT_OF_THE_STAGE | set(Model.model_fields) - {"dtype"}),
-                [one.teacher.weight for one in scorers],
-                [spec.k, spec.on_missing, config.seed, index],
-            ]
-        ),
+        "settings": _settings(config, index, spec),
         source_read: source.content,
         "student (the pivot)": pivot or identify_pivot(config),
         **{f"teacher {one.name}": one.fingerprint for one in scorers},
@@ -85,6 +78,19 @@ def stage_job(
         blocks=source.blocks,
         sizes=source.sizes,
         made_of=made_of,
+    )
+
+
+def _settings(config: Config, index: int, spec: PrepareSpec) -> str:
+    """Hash of every key that changes the stage's result, and of none that does not."""
+    stage, student = config.stages[index], config.student
+    return _hash(
+        [
+            stage.model_dump(mode="json", exclude={"save_every": True, "keep": True, "merge": {"parallel"}}),
+            student.model_dump(mode="json", exclude=NOT_OF_THE_STAGE | set(Model.model_fields) - {"dtype"}),
+            [one.teacher.weight for one in spec.teachers],
+            [spec.k, spec.on_missing, config.seed, index],
+        ]
     )
 
 
