@@ -89,11 +89,11 @@ class FusionBatch:
             f_b = SUM_s w_s / SUM_{s answered b} w_s
         """
         answered = [target.answered for target in self.targets]
-        if all(of_teacher is None or of_teacher.all() for of_teacher in answered):
+        if all(answered_B is None or answered_B.all() for answered_B in answered):
             return None
         weights_S = np.array([target.weight for target in self.targets])
         everywhere_B = np.ones(len(self.input_ids), dtype=bool)
-        answered_SB = np.stack([everywhere_B if of_teacher is None else of_teacher for of_teacher in answered])
+        answered_SB = np.stack([everywhere_B if answered_B is None else answered_B for answered_B in answered])
         share_B: np.ndarray = weights_S.sum() / (weights_S @ answered_SB)
         return share_B
 
@@ -122,8 +122,8 @@ class Counts:
     def of_array(values: np.ndarray, teachers: int | None = None) -> Counts:
         """The inverse of `as_array`; `teachers` tells `pairs` from `answered`, where there is any."""
         tokens, samples, *rest = values.tolist()
-        of_each = len(rest) if teachers is None else teachers
-        return Counts(tokens, samples, tuple(rest[:of_each]), tuple(rest[of_each:]))
+        per_kind = len(rest) if teachers is None else teachers
+        return Counts(tokens, samples, tuple(rest[:per_kind]), tuple(rest[per_kind:]))
 
     def expected_pairs(self, s: int) -> float:
         """The positions that teacher s would be aligned with, had it answered every sample."""

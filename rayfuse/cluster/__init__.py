@@ -97,11 +97,11 @@ def shortage(config: Config) -> str:
     asked = config.consensus is not None or any(stage.uses_teachers for stage in config.stages)
     live = [teacher for teacher in config.teachers if asked and teacher.stored is None]
     first = config.serving.mode == "first"
-    of_students = {"cpus": _student_cpus(student), "gpus": student.workers * student.gpus}
+    student_needs = {"cpus": _student_cpus(student), "gpus": student.workers * student.gpus}
     short = []
     for name, key in (("CPU", "cpus"), ("GPU", "gpus")):
-        of_teachers = [getattr(teacher, key) * (1 if first else max(1, teacher.replicas.min)) for teacher in live]
-        needed = max([of_students[key], *of_teachers]) if first else of_students[key] + sum(of_teachers)
+        teacher_needs = [getattr(teacher, key) * (1 if first else max(1, teacher.replicas.min)) for teacher in live]
+        needed = max([student_needs[key], *teacher_needs]) if first else student_needs[key] + sum(teacher_needs)
         if needed > there.get(name, 0.0):
             short.append(f"{needed:g} {name}s where the cluster has {there.get(name, 0.0):g}")
     return " and ".join(short)

@@ -28,8 +28,8 @@ def training_rows(condition: Condition, seed: int, half: str = "all") -> list[Ro
     """Rows {"prompt", "response", "skill", "correct"} in a shuffled order; `half` is "all", "first" or "second"."""
     rows: list[Row] = []
     for skill in EXPERTS:
-        of_skill = make(skill, condition.rows, TRAIN_SEEDS + seed, condition.wrong)
-        rows += {"all": of_skill, "first": of_skill[0::2], "second": of_skill[1::2]}[half]
+        skill_rows = make(skill, condition.rows, TRAIN_SEEDS + seed, condition.wrong)
+        rows += {"all": skill_rows, "first": skill_rows[0::2], "second": skill_rows[1::2]}[half]
     Random(seed).shuffle(rows)
     return rows
 

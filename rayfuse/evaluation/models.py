@@ -114,8 +114,8 @@ def evaluate(model: Teacher, role: str, items: Sequence[Sample], benchmark: Benc
     accuracy: dict[str, Accuracy] = {}
     if right:
         for skill in sorted({item.skill for item in items}):
-            of_skill = [ok for ok, item in zip(right, items, strict=True) if item.skill == skill]
-            accuracy[skill or "all items"] = Accuracy(sum(of_skill), len(of_skill))
+            skill_right = [ok for ok, item in zip(right, items, strict=True) if item.skill == skill]
+            accuracy[skill or "all items"] = Accuracy(sum(skill_right), len(skill_right))
     return Evaluation(model.name, role, float(bits.sum() / size.sum()), _bootstrap(bits, size), accuracy)
 
 

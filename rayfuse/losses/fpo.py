@@ -55,15 +55,15 @@ def fuse_logps(
         raise LossError(f"fuse_logps: side {side!r} must be chosen or rejected, rule {rule!r} one of {list(RULES)}")
     if answered is not None and (answered.shape != teachers.shape or not answered.any(dim=0).all()):
         raise LossError("fuse_logps: answered must be [S, N] like teachers, with at least one teacher per response")
-    wide = torch.promote_types(teachers.dtype, torch.float32)
-    heard = teachers if answered is None else teachers.masked_fill(~answered, -1.0)
-    for name, values in (("teachers", heard), ("initial", initial), ("policy", policy)):
+    dtype = torch.promote_types(teachers.dtype, torch.float32)
+    known_SN = teachers if answered is None else teachers.masked_fill(~answered, -1.0)
+    for name, values in (("teachers", known_SN), ("initial", initial), ("policy", policy)):
         wrong = values[~(torch.isfinite(values) & (values <= 1e-4))]
         if len(wrong):
             raise LossError(
                 f"fuse_logps: {name} must be finite log-probabilities per token, at most 0, got {wrong[:8].tolist()}"
             )
-    teachers_SN, initial_N, policy_N = (values.detach().to(wide) for values in (heard, initial, policy))
+    teachers_SN, initial_N, policy_N = (values.detach().to(dtype) for values in (known_SN, initial, policy))
     if clip:
         bound = torch.maximum if side == "chosen" else torch.minimum
         teachers_SN = bound(teachers_SN, initial_N)
@@ -237,8 +237,8 @@ VARIANTS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {"fpo": _si
 
 
 def _gain(policy_N: torch.Tensor, fused_N: torch.Tensor) -> torch.Tensor:
-    wide = torch.promote_types(policy_N.dtype, torch.float32)
-    return policy_N.to(wide) - fused_N.detach().to(wide)
+    dtype = torch.promote_types(policy_N.dtype, torch.float32)
+    return policy_N.to(dtype) - fused_N.detach().to(dtype)
 
 
 def _check_pairs(beta: float, *logps: torch.Tensor) -> None:

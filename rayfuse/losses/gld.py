@@ -20,8 +20,8 @@ def gauge(topk: torch.Tensor, lse: torch.Tensor | None = None) -> torch.Tensor:
     position's log-sum-exp): full log-probabilities topk - lse; pass zeros for values that already are. A detached
     `lse`, as HeadOutput's, is a constant to the gradient. float32 (float64 stays float64), O(values).
     """
-    wide = topk.to(torch.promote_types(topk.dtype, torch.float32))
-    return wide.log_softmax(dim=-1) if lse is None else wide - lse[..., None]
+    promoted = topk.to(torch.promote_types(topk.dtype, torch.float32))
+    return promoted.log_softmax(dim=-1) if lse is None else promoted - lse[..., None]
 
 
 def gld_features(values: torch.Tensor, sample: torch.Tensor, samples: int) -> torch.Tensor:

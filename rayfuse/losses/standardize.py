@@ -24,8 +24,8 @@ def standardize(values: torch.Tensor, eps: float = 1e-7) -> torch.Tensor:
             f"standardize needs at least 2 values on the last axis, got shape {tuple(values.shape)}: "
             "a deviation of one value is not defined; keep k >= 2 logits"
         )
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    if wide.numel() == 0:
-        return wide
-    centred = wide - wide.mean(dim=-1, keepdim=True)
-    return centred / (wide.std(dim=-1, keepdim=True) + eps)
+    promoted = values.to(torch.promote_types(values.dtype, torch.float32))
+    if promoted.numel() == 0:
+        return promoted
+    centred = promoted - promoted.mean(dim=-1, keepdim=True)
+    return centred / (promoted.std(dim=-1, keepdim=True) + eps)

@@ -39,10 +39,10 @@ def uld_loss(
     teacher = teacher.detach()
     ranks = []
     for values in (student, teacher):
-        wide = values.to(torch.promote_types(values.dtype, torch.float32))
-        wide = wide.sort(dim=-1, descending=True).values
-        wide = standardize(wide) if standardized else wide
-        ranks.append(wide.softmax(dim=-1) if space == "probs" else wide)
+        promoted = values.to(torch.promote_types(values.dtype, torch.float32))
+        promoted = promoted.sort(dim=-1, descending=True).values
+        promoted = standardize(promoted) if standardized else promoted
+        ranks.append(promoted.softmax(dim=-1) if space == "probs" else promoted)
     student_NK, teacher_NK = ranks
     missing = teacher_NK.shape[1] - student_NK.shape[1]
     if missing:

@@ -89,10 +89,10 @@ MERGES: dict[str, Callable[[torch.Tensor, Sequence[torch.Tensor], Recipe], torch
 
 def _task_vectors(base: torch.Tensor, students_S: Sequence[torch.Tensor]) -> torch.Tensor:
     """[S, *shape], student minus base in float32 or wider."""
-    wide = base.to(torch.promote_types(base.dtype, torch.float32))
-    deltas_S = torch.empty(len(students_S), *base.shape, dtype=wide.dtype)
+    promoted_base = base.to(torch.promote_types(base.dtype, torch.float32))
+    deltas_S = torch.empty(len(students_S), *base.shape, dtype=promoted_base.dtype)
     for s, student in enumerate(students_S):
-        torch.sub(student, wide, out=deltas_S[s])
+        torch.sub(student, promoted_base, out=deltas_S[s])
     return deltas_S
 
 

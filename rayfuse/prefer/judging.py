@@ -66,37 +66,37 @@ class _Judges:
             options = cluster.judge_actor(judge)
             self.actors = [actor.options(**options).remote(judge) for _ in range(judge.workers)]
         self.busy = [0] * len(self.actors)
-        self.of_unit: dict[int, int] = {}
+        self.actor_of_unit: dict[int, int] = {}
 
     def score(self, pairs: list[tuple[Prompt, str]], unit: int) -> Any:
         """A reference to the scores of the pairs."""
         least = min(range(len(self.actors)), key=self.busy.__getitem__)
         self.busy[least] += 1
-        self.of_unit[unit] = least
+        self.actor_of_unit[unit] = least
         return self.actors[least].score.remote(pairs)
 
     def finished(self, unit: int) -> None:
         """A unit's scores are there."""
-        self.busy[self.of_unit.pop(unit)] -= 1
+        self.busy[self.actor_of_unit.pop(unit)] -= 1
 
 
 def _to_judge(unit: Sequence[Prompt], responses: Sequence[Sequence[Response]]) -> list[tuple[Prompt, str]]:
     """Every different usable text of every prompt once, in order."""
     return [
         (prompt, text)
-        for prompt, of_prompt in zip(unit, responses, strict=True)
-        for text in dict.fromkeys(response.text for response in of_prompt if not response.fault)
+        for prompt, prompt_responses in zip(unit, responses, strict=True)
+        for text in dict.fromkeys(response.text for response in prompt_responses if not response.fault)
     ]
 
 
 def _give_scores(unit: Sequence[Prompt], responses: list[list[Response]], scores: Sequence[float]) -> None:
     left = iter(scores)
-    for index, of_prompt in enumerate(responses):
-        of_text: dict[str, float] = {}
-        for response in of_prompt:
-            if not response.fault and response.text not in of_text:
-                of_text[response.text] = next(left)
-        responses[index] = [replace(r, score=of_text[r.text]) if not r.fault else r for r in of_prompt]
+    for index, prompt_responses in enumerate(responses):
+        score_of_text: dict[str, float] = {}
+        for response in prompt_responses:
+            if not response.fault and response.text not in score_of_text:
+                score_of_text[response.text] = next(left)
+        responses[index] = [replace(r, score=score_of_text[r.text]) if not r.fault else r for r in prompt_responses]
 
 
 def respond(models: tuple[Model, tuple[Teacher, ...], Data, list[Author]], unit: list[Prompt]) -> list[list[Response]]:
@@ -110,18 +110,18 @@ def respond(models: tuple[Model, tuple[Teacher, ...], Data, list[Author]], unit:
     responses = [
         [
             Response(text, source.model.name, source.model.fingerprint, index)
-            for source, of_source in zip(sources, answers, strict=True)
-            for index, text in enumerate(of_source[number])
+            for source, source_answers in zip(sources, answers, strict=True)
+            for index, text in enumerate(source_answers[number])
         ]
         for number in range(len(unit))
     ]
     samples: list[Sample] = []
-    for prompt, of_prompt in zip(unit, responses, strict=True):
-        samples += [prompt.answered(text) for text in dict.fromkeys(r.text for r in of_prompt if r.text.strip())]
+    for prompt, prompt_responses in zip(unit, responses, strict=True):
+        samples += [prompt.answered(text) for text in dict.fromkeys(r.text for r in prompt_responses if r.text.strip())]
     faults = {}
     for sample, size in zip(samples, measure(student, teachers, samples), strict=True):
         faults[sample.key] = "too long" if size.is_cut(data) else "unreadable" if size.fault else ""
     return [
-        [replace(r, fault=faults[prompt.answered(r.text).key] if r.text.strip() else "empty") for r in of_prompt]
-        for prompt, of_prompt in zip(unit, responses, strict=True)
+        [replace(r, fault=faults[prompt.answered(r.text).key] if r.text.strip() else "empty") for r in prompt_responses]
+        for prompt, prompt_responses in zip(unit, responses, strict=True)
     ]

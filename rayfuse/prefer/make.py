@@ -74,7 +74,7 @@ def prefer(config: Config, *, console: Console | None = None) -> Path:
         "write": settings.write,
         "rows": len(made.rows),
         "counts": {"rows read": counts.rows, "malformed rows": counts.bad_rows, **dropped, **made.left_out},
-        "models": made.of_models,
+        "models": made.per_model,
         "settings": settings.model_dump(mode="json"),
     }
     _write_rows(output, made.rows)
@@ -108,8 +108,8 @@ def _refuse_other_file(output: Path, identity: str) -> None:
     """Raises DataError where the file is there and was not made from the same settings."""
     if not output.exists():
         return
-    there = summary_path(output)
-    made_by = json.loads(there.read_text(encoding="utf-8")).get("identity") if there.exists() else None
+    summary = summary_path(output)
+    made_by = json.loads(summary.read_text(encoding="utf-8")).get("identity") if summary.exists() else None
     if made_by != identity:
         raise DataError(
             f"{output} is there already, made with other settings: move it away, or set another prefer.output"
@@ -156,13 +156,13 @@ class Made:
     Attributes:
         rows: in the order of the prompts' keys.
         left_out: prompts without a row, by reason.
-        of_models: per model what its responses were: how many, usable ones, how many of them different from each other,
+        per_model: per model what its responses were: how many, usable ones, how many of them different from each other,
             faulty ones by fault, mean score of the usable, and how often chosen and rejected.
     """
 
     rows: Rows = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
-    of_models: dict[str, dict[str, float]] = field(default_factory=dict)
+    per_model: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, settings: Prefer, prompt: Prompt, responses: Sequence[Response]) -> None:
         """Take one prompt's responses in."""
@@ -171,20 +171,22 @@ class Made:
         if reason:
             self.left_out[f"prompts left out: {reason}"] += 1
         for response in responses:
-            of = self.of_models.setdefault(response.model, {"responses": 0, "usable": 0, "different": 0, "score": 0.0})
-            of["responses"] += 1
+            counted = self.per_model.setdefault(
+                response.model, {"responses": 0, "usable": 0, "different": 0, "score": 0.0}
+            )
+            counted["responses"] += 1
             if response.fault:
-                of[response.fault] = of.get(response.fault, 0) + 1
+                counted[response.fault] = counted.get(response.fault, 0) + 1
             else:
-                of["score"] = (of["score"] * of["usable"] + response.score) / (of["usable"] + 1)
-                of["usable"] += 1
+                counted["score"] = (counted["score"] * counted["usable"] + response.score) / (counted["usable"] + 1)
+                counted["usable"] += 1
         for model, _ in {(response.model, response.text) for response in responses if not response.fault}:
-            self.of_models[model]["different"] += 1
+            self.per_model[model]["different"] += 1
         for row in rows:
             for side in SIDES:
                 if side in row:
-                    of = self.of_models[row["provenance"][side]["model"]]
-                    of[side] = of.get(side, 0) + 1
+                    counted = self.per_model[row["provenance"][side]["model"]]
+                    counted[side] = counted.get(side, 0) + 1
 
 
 def _make(
@@ -199,8 +201,8 @@ def _make(
     done: dict[str, tuple[Prompt, list[Response]]] = {}
     with _Progress(console, sum(map(len, units))) as progress:
         for index, responses in judged(config, settings, data, sources, units):
-            for prompt, of_prompt in zip(units[index], responses, strict=True):
-                done[prompt.sample.key] = prompt, of_prompt
+            for prompt, prompt_responses in zip(units[index], responses, strict=True):
+                done[prompt.sample.key] = prompt, prompt_responses
             progress.advance(len(units[index]))
     made = Made()
     for key in sorted(done):
@@ -250,13 +252,13 @@ def _write_rows(output: Path, rows: Rows) -> None:
 
 def summary_table(summary: dict[str, Any]) -> Table:
     """What each model contributed."""
-    sides = [side for side in SIDES if any(side in of for of in summary["models"].values())]
+    sides = [side for side in SIDES if any(side in counted for counted in summary["models"].values())]
     table = Table(title=f"{summary['rows']:,} rows of {summary['write']}")
     table.add_column("model")
     for name in ("responses", "usable", "different", "mean score", *sides):
         table.add_column(name, justify="right")
-    for model, of in summary["models"].items():
-        counts = [f"{of.get(side, 0):,}" for side in sides]
-        numbers = [f"{of[name]:,}" for name in ("responses", "usable", "different")]
-        table.add_row(model, *numbers, f"{of['score']:.4g}", *counts)
+    for model, counted in summary["models"].items():
+        counts = [f"{counted.get(side, 0):,}" for side in sides]
+        numbers = [f"{counted[name]:,}" for name in ("responses", "usable", "different")]
+        table.add_row(model, *numbers, f"{counted['score']:.4g}", *counts)
     return table

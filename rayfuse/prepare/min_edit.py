@@ -54,11 +54,11 @@ def mined_target(
         ids int64 [n + 1, K + 1] and mass float32 [n + 1, K + 1] that sums to 1 per row. Column 0 is the label; unused
         columns repeat it with mass 0. Of teacher tokens with the same nearest token, the likeliest counts.
     """
-    of_teacher, of_student = _pieces(text, answer.byte_ends), _pieces(text, ends)
-    partner = warp(of_teacher, of_student)
+    teacher_pieces, student_pieces = _pieces(text, answer.byte_ends), _pieces(text, ends)
+    partner = warp(teacher_pieces, student_pieces)
     matched = [
-        j >= 0 and (of_teacher[j] == piece or nearest(of_teacher[j]) == label)
-        for j, piece, label in zip(partner.tolist(), of_student, labels.tolist(), strict=False)
+        j >= 0 and (teacher_pieces[j] == piece or nearest(teacher_pieces[j]) == label)
+        for j, piece, label in zip(partner.tolist(), student_pieces, labels.tolist(), strict=False)
     ]
     rows = np.flatnonzero([True, *matched])  # row 0: both have read nothing
     teacher_rows = np.concatenate(([0], partner + 1))[rows]
@@ -121,18 +121,18 @@ def edit_distances(patterns: Sequence[bytes], texts: Texts) -> np.ndarray:
     falling = np.zeros((len(patterns), n), dtype=np.uint64)  # Mv: where it falls by one
     distances = np.repeat(lengths[:, None], n, axis=1)
     for step, column in enumerate(texts.bytes):
-        going = int(np.searchsorted(-texts.lengths, -step, side="left"))  # texts longer than `step`
-        equal = places[:, column[:going]]
-        up, down = rising[:, :going], falling[:, :going]
+        active = int(np.searchsorted(-texts.lengths, -step, side="left"))  # texts longer than `step`
+        equal = places[:, column[:active]]
+        up, down = rising[:, :active], falling[:, :active]
         vertical = equal | down
         horizontal = (((equal & up) + up) ^ up) | equal
         more = down | ~(horizontal | up)
         less = up & horizontal
-        distances[:, :going] += (more & last) != 0
-        distances[:, :going] -= (less & last) != 0
+        distances[:, :active] += (more & last) != 0
+        distances[:, :active] -= (less & last) != 0
         more = (more << ones) | ones
-        rising[:, :going] = (less << ones) | ~(vertical | more)
-        falling[:, :going] = more & vertical
+        rising[:, :active] = (less << ones) | ~(vertical | more)
+        falling[:, :active] = more & vertical
     return np.where(lengths[:, None] == 0, texts.lengths[None, :], distances)
 
 

@@ -96,7 +96,7 @@ def _by_share(batch: FusionBatch, distances: Sequence[torch.Tensor]) -> list[tor
     if shares_B is None:
         return list(distances)
     answered = [target.answered for target in batch.targets]
-    factors = [np.where(True if of_teacher is None else of_teacher, shares_B, 0.0) for of_teacher in answered]
+    factors = [np.where(True if answered_B is None else answered_B, shares_B, 0.0) for answered_B in answered]
     return [d_B * torch.from_numpy(f_B).to(d_B) for d_B, f_B in zip(distances, factors, strict=True)]
 
 

@@ -43,8 +43,8 @@ def answered_sides(stage: FusedPreference, batch: FusionBatch, device: torch.dev
         return None
     sides = len(stage.sides)
     pairs = len(batch.input_ids) // sides
-    of_teachers = [np.ones(pairs, bool) if t.answered is None else t.answered[0::sides] for t in batch.targets[:-1]]
-    return on_device(np.stack(of_teachers), device)
+    answered_SP = [np.ones(pairs, bool) if t.answered is None else t.answered[0::sides] for t in batch.targets[:-1]]
+    return on_device(np.stack(answered_SP), device)
 
 
 def preference_loss(

@@ -43,10 +43,10 @@ def uld_hybrid_loss(
         lse_P1 = head.lse[rows_P, None]
         matched = _jsd(teacher_Pk.exp(), (student_Pk - lse_P1).exp(), shared_Pk, stage.beta)
 
-        lonely_V = on_device(np.unpackbits(target.unmatched), student_Pk.device)
-        if target.overlap == 1 or not lonely_V.any():
+        unmatched_V = on_device(np.unpackbits(target.unmatched), student_Pk.device)
+        if target.overlap == 1 or not unmatched_V.any():
             return matched_weight * matched
-        student_Pk = (head.topk[rows_P] - lse_P1).exp() * lonely_V[head.ids[rows_P]]
+        student_Pk = (head.topk[rows_P] - lse_P1).exp() * unmatched_V[head.ids[rows_P]]
         unmatched = (_sorted(student_Pk) - _sorted(teacher_Pk.exp() * ~shared_Pk)).abs().sum()
         return matched_weight * matched + (1 - matched_weight) * unmatched
 

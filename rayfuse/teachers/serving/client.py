@@ -250,4 +250,4 @@ class TeacherClient:
                     f"teacher {self.teacher.name} ({self.teacher.model}) cannot start: {deployment.message[-2000:]}"
                 )
         states: list[Any] = [deployment.replica_states for deployment in application.deployments.values()]
-        return any(of_deployment.get("RUNNING", 0) > 0 for of_deployment in states)
+        return any(counted.get("RUNNING", 0) > 0 for counted in states)

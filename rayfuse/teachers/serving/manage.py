@@ -139,8 +139,8 @@ def status_table(teachers: Sequence[IdentifiedTeacher]) -> Table:
 
 def _copies(application: Any) -> tuple[str, str]:
     states: dict[str, int] = {}
-    for of_deployment in application.deployments.values():
-        for state, count in of_deployment.replica_states.items():
+    for deployment in application.deployments.values():
+        for state, count in deployment.replica_states.items():
             states[state.lower()] = states.get(state.lower(), 0) + count
     return application.status.lower(), ", ".join(f"{count} {state}" for state, count in states.items()) or "0"
 

@@ -51,11 +51,11 @@ def _dead(application: str) -> list[str]:
     return [holder for holder, _ in _entries(application) if holder.partition(".")[0] in ended]
 
 
-def bounds(of: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+def bounds(wanted: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
     """The smallest and largest number of copies that follow from the wishes; (0, 1) where there are none."""
-    if PINNED in of:
-        return of[PINNED]
-    return max((low for low, _ in of.values()), default=0), max((high for _, high in of.values()), default=1)
+    if PINNED in wanted:
+        return wanted[PINNED]
+    return max((low for low, _ in wanted.values()), default=0), max((high for _, high in wanted.values()), default=1)
 
 
 def resize(application: str) -> tuple[int, int] | None:
