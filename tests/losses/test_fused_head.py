@@ -6,13 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from rayfuse.errors import LossError
 from rayfuse.losses import fused_head, teacher_topk
 from rayfuse.losses.head import chunk_size
 from rayfuse.losses.topk import BLOCK, block_topk
+from tests.doubles import LargestTensor
 
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -248,24 +247,6 @@ def test_block_topk_equals_torch_topk(V):
         assert torch.equal(values, logits.topk(k).values)
         assert torch.equal(logits.gather(1, ids), values)
         assert all(len(set(row)) == k for row in ids.tolist())
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the elements of all tensors (of a dtype) that operations return, of those that own new memory."""
-
-    def __init__(self, known, dtype=None):
-        super().__init__()
-        self.dtype = dtype
-        self.known, self.sizes = {x.untyped_storage().data_ptr() for x in known}, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if not isinstance(leaf, torch.Tensor) or self.dtype not in (None, leaf.dtype):
-                continue
-            if leaf.untyped_storage().data_ptr() not in self.known:
-                self.sizes.add(leaf.untyped_storage().nbytes() // leaf.element_size())
-        return result
 
 
 @pytest.mark.parametrize("head", HEADS, ids=str)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rayfuse.losses import fused_head, token_logps
-from tests.losses.test_fused_head import HEADS, LargestTensor, head_inputs, naive
+from tests.doubles import LargestTensor
+from tests.losses.test_fused_head import HEADS, head_inputs, naive
 
 
 def preference_loss(logps):

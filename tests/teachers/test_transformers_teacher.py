@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayfuse.config import Model, Teacher
@@ -19,6 +18,7 @@ from rayfuse.models.output_layer import check_output_layer, output_layer
 from rayfuse.teachers.identity import fingerprint
 from rayfuse.teachers.sampling import SeededSampling
 from rayfuse.teachers.transformers import TransformersTeacher, length_batches
+from tests.doubles import LargestTensor
 
 K = 7
 
@@ -89,21 +89,6 @@ def test_padded_vocabulary_rows_take_no_part(tiny, tmp_path, teacher):
         np.testing.assert_allclose(mine.token_logps, theirs.token_logps, atol=1e-5)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the most elements that any tensor made inside has."""
-
-    def __init__(self):
-        super().__init__()
-        self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for item in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(item, torch.Tensor):
-                self.most = max(self.most, item.numel())
-        return out
-
-
 def test_full_logits_are_never_made(tiny, teacher, monkeypatch):
     """With chunks of 16 positions no tensor has as many elements as positions times vocabulary."""
     import rayfuse.teachers.transformers as module
@@ -114,12 +99,12 @@ def test_full_logits_are_never_made(tiny, teacher, monkeypatch):
     rendered = [teacher.renderer.render(sample) for sample in samples]
     positions = sum(len(item.response_ids) for item in rendered)
     vocabulary = teacher.layer.weight.shape[0]
-    with LargestTensor() as recorded:
+    with LargestTensor((teacher.layer.weight,)) as recorded:
         teacher.score(samples)
     padded = len(samples) * max(item.length for item in rendered)
     largest_activation = padded * teacher.model.config.intermediate_size
-    assert recorded.most <= max(16 * vocabulary, largest_activation, teacher.layer.weight.numel())
-    assert recorded.most < positions * vocabulary
+    assert max(recorded.sizes) <= max(16 * vocabulary, largest_activation, teacher.layer.weight.numel())
+    assert max(recorded.sizes) < positions * vocabulary
 
 
 def test_length_batches_waste_little_and_keep_their_limit():
