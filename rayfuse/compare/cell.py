@@ -13,6 +13,7 @@ import pickle
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,13 +26,14 @@ from safetensors import safe_open
 
 from rayfuse.compare.design import Cell, Plan
 from rayfuse.compare.rows import heldout_items, rows_name, training_rows, write_once
-from rayfuse.compare.texts import pairs_of, responses_of, texts_file
+from rayfuse.compare.texts import pairs_for, read_texts, responses_for, texts_file
 from rayfuse.config import STAGES, Benchmark, Config, Teacher, parse_config
 from rayfuse.data.sample import Sample
 from rayfuse.evaluation.models import measure_items
 from rayfuse.files import folder_whole, write_whole
 from rayfuse.metrics.records import read_metrics
-from rayfuse.quickstart.world import EXPERTS, World
+from rayfuse.quickstart.facts import FIELDS
+from rayfuse.quickstart.world import World
 from rayfuse.run.pairwise import train_pairwise
 from rayfuse.run.sources import UnitSource, load_source, source_name
 from rayfuse.run.stage_job import stage_job
@@ -44,11 +46,15 @@ from rayfuse.teachers.transformers import TransformersTeacher
 
 @dataclass(frozen=True)
 class Bench:
-    """What all cells share: the plan, the world, and the folder with data, models and signals."""
+    """What all cells share: the plan, its worlds by their keys, and the folder with data, models and signals."""
 
     plan: Plan
-    world: World
+    worlds: Mapping[str, World]
     work: Path
+
+    def world(self, cell: Cell) -> World:
+        """The world of a cell."""
+        return self.worlds[self.plan.conditions[cell.condition].world]
 
 
 @ray.remote
@@ -66,7 +72,7 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
         model = folder / "model"  # methods that go on from this one find it there
         trained.model.rename(model)
         shutil.rmtree(folder / "run")
-    items = heldout_items(bench.plan, bench.world, cell.split)
+    items = heldout_items(bench.plan, bench.plan.conditions[cell.condition].world, cell.split)
     scored = scores(Teacher(model=str(model), name="student", dtype="float32"), items, bench.plan)
     row = {**asdict(cell), "cell": cell.name, **measured, **scored}
     return {**row, "cell_seconds": round(time.monotonic() - begun, 2)}
@@ -74,7 +80,8 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
 
 def _untrained(bench: Bench, cell: Cell) -> Path | None:
     model = bench.plan.methods[cell.method].model
-    return None if model is None else {**bench.world.teachers, "pivot": bench.world.pivot}[model]
+    world = bench.world(cell)
+    return None if model is None else {**world.teachers, "pivot": world.pivot}[model]
 
 
 def cell_folder(bench: Bench, cell: Cell) -> Path:
@@ -84,50 +91,62 @@ def cell_folder(bench: Bench, cell: Cell) -> Path:
 
 def config_of(bench: Bench, cell: Cell, output: Path) -> Config:
     """The cell as a run's configuration."""
-    plan, method = bench.plan, bench.plan.methods[cell.method]
-    condition, sizes = plan.conditions[cell.condition], plan.sizes
+    plan, method, world = bench.plan, bench.plan.methods[cell.method], bench.world(cell)
+    sizes = plan.sizes
     steps = round((sizes.cost_steps if cell.purpose == "cost" else sizes.steps) * method.share) // len(method.stages)
     common = {
         "steps": steps,
         "batch_size": sizes.batch_size,
-        "learning_rate": condition.learning_rate,
+        "learning_rate": sizes.learning_rate,
         "warmup": sizes.warmup,
-        "betas": (0.9, 0.95),  # those that the learning rates were chosen with
         "save_every": steps + 1,
     }
     stages = [
         {**common, **{key: value for key, value in stage.items() if key != "tuned_as"}, **changes}
         for stage, changes in zip(method.stages, json.loads(cell.settings), strict=True)
     ]
-    data, texts = bench.work / "data", texts_file(plan, bench.work, cell.seed)
-    name = f"{rows_name(plan, cell.condition, cell.seed)}-{method.half}"
-    if method.learns_from == "rows":
-        rows = write_once(training_rows(condition, cell.seed, method.half), data / f"{name}.jsonl")
-    else:
-        surest = method.learns_from == "surest teacher"
-        rows = write_once(
-            responses_of(texts, condition, cell.seed, method.half, surest),
-            data / f"{name}-{method.learns_from.replace(' ', '-')}.jsonl",
-        )
     tree: dict[str, Any] = {
         "student": {"model": str(_start_of(bench, cell)), "prefetch": 3, "max_failures": 0},
-        "teachers": [{"model": str(bench.world.teachers[t]), "dtype": "float32"} for t in method.teachers],
-        "data": {"path": str(rows), "max_length": 256, "unit_size": sizes.unit_size},
+        "teachers": [{"model": str(world.teachers[t]), "dtype": "float32"} for t in method.teachers],
+        "data": {"path": str(_data(bench, cell, "responses")), "max_length": 128, "unit_size": sizes.unit_size},
         "stages": stages,
         "signals": {"k": method.k, "store": None if cell.purpose == "cost" else str(bench.work / "signals")},
         "output": str(output),
         "seed": cell.seed,
     }
     if any(STAGES[stage["method"]].sides for stage in stages):
-        pairs = write_once(pairs_of(texts, condition, cell.seed), data / f"{name}-preferences.jsonl")
-        tree["preferences"] = {**tree["data"], "path": str(pairs)}
+        tree["preferences"] = {**tree["data"], "path": str(_data(bench, cell, "preferences"))}
     return parse_config(tree, cell.name).absolute()
+
+
+def _data(bench: Bench, cell: Cell, kind: str) -> Path:
+    """The file that a cell learns from, made where no cell before has: "responses" or "preferences"."""
+    plan, method = bench.plan, bench.plan.methods[cell.method]
+    source = method.learns_from if kind == "responses" else method.pairs_from
+    name = f"{rows_name(plan, cell.condition, cell.seed)}-{method.half}-{kind}-{re.sub('[^a-z]+', '-', source)}"
+    path = bench.work / "data" / f"{name}.jsonl"
+    if path.exists():
+        return path
+    everything = training_rows(plan, cell.condition, cell.seed)
+    rows = training_rows(plan, cell.condition, cell.seed, method.half)
+    condition = plan.conditions[cell.condition]
+    texts = read_texts(texts_file(plan, bench.work, condition.world)) if needs_texts(plan, cell) else {}
+    if kind == "responses":
+        return write_once(responses_for(method, rows, everything, texts, cell.seed), path)
+    return write_once(pairs_for(method, condition, rows, everything, texts, cell.seed), path)
+
+
+def needs_texts(plan: Plan, cell: Cell) -> bool:
+    """Whether a cell learns from what the models of its world answer."""
+    method = plan.methods[cell.method]
+    answers = method.learns_from not in ("labels", "truth")
+    return answers or any(STAGES[stage["method"]].sides for stage in method.stages)
 
 
 def _start_of(bench: Bench, cell: Cell) -> Path:
     """The model that the cell starts from: the world's pivot, or what another cell made of it."""
     start = bench.plan.start(cell)
-    return bench.world.pivot if start is None else cell_folder(bench, start) / "model"
+    return bench.world(cell).pivot if start is None else cell_folder(bench, start) / "model"
 
 
 @dataclass(frozen=True)
@@ -224,14 +243,14 @@ def _store_size(store: Path) -> dict[str, int]:
 
 
 def scores(model: Teacher, items: list[Sample], plan: Plan) -> dict[str, Any]:
-    """Held-out bits per byte and, by skill, which items are right: a string of 0 and 1 per skill."""
+    """Held-out bits per byte and, by field, which items are right: a string of 0 and 1 per field."""
     benchmark = Benchmark(path="-", max_new_tokens=plan.sizes.max_new_tokens, batch_size=200)
     begun = time.process_time()
     bits, right = measure_items(TransformersTeacher(model, k=2), items, benchmark)
     size = np.array([len(item.response.encode()) for item in items])
     marks = {
         f"right_{skill}": "".join(str(int(ok)) for ok, item in zip(right, items, strict=True) if item.skill == skill)
-        for skill in EXPERTS
+        for skill in FIELDS
     }
     spent = round(time.process_time() - begun, 3)
     return {**marks, "bits_per_byte": float(bits.sum() / size.sum()), "evaluate_cpu_seconds": spent}

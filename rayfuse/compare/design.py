@@ -1,8 +1,8 @@
 """What is compared: the plan of a comparison, one YAML file, and the cells that it comes to.
 
-A cell is one training and one evaluation: a method with its settings, in one condition, for one seed. A method whose
-settings are tuned has a cell for each of them on the tuning seed, scored on validation items; the best goes into the
-reported seeds, scored on other items.
+A cell is one training and one evaluation: a method with its settings, in one condition of one world, for one seed. A
+method whose settings are tuned has a cell for each of them on every tuning seed, scored on validation items, in one
+condition of each world; the best goes into the reported seeds of that world, scored on other items.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from rayfuse.config import Section
 from rayfuse.errors import ConfigError
-from rayfuse.quickstart.world import EXPERTS
+from rayfuse.quickstart.facts import FIELDS
+from rayfuse.quickstart.facts_world import Knowledge
 
 Split = Literal["validation", "test"]
 Purpose = Literal["tune", "report", "cost"]
@@ -31,21 +32,38 @@ class Sizes(Section):
     steps: int = Field(ge=1, description="optimiser steps of every method")
     batch_size: int = Field(ge=1, description="samples (or pairs) per step")
     unit_size: int = Field(ge=1, description="samples (or pairs) per unit")
+    learning_rate: float = Field(gt=0, description="peak, where a method's stage or its tuning names none")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps")
     cost_steps: int = Field(30, ge=1, description="optimiser steps of a measurement of cost")
-    test: int = Field(ge=1, description="held-out items per skill that are reported")
-    validation: int = Field(ge=1, description="other held-out items per skill, for tuning alone")
+    test: int = Field(ge=1, description="held-out items per field that are reported")
+    validation: int = Field(ge=1, description="other held-out items per field, for tuning alone")
     max_new_tokens: int = Field(40, ge=1, description="longest answer")
     temperature: float = Field(0.8, gt=0, description="of the pivot's samples for preference pairs")
+
+
+class WorldPlan(Section):
+    """What the models of a world know (quickstart/facts_world.py)."""
+
+    title: str = Field(description="as it stands in the page")
+    seed: int = Field(0, ge=0, description="of its facts and models")
+    elsewhere: float = Field(0.15, ge=0, le=1, description="share of the facts of other fields that a teacher knows")
+    pivot: float = Field(0.3, ge=0, le=1, description="share of the facts that the pivot knows")
+    mistaken: float = Field(0.0, ge=0, le=1, description="share of the others that a teacher is surely wrong about")
+    tuned_in: str = Field(description="condition of this world in which settings are chosen, for all its conditions")
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """The same, as the world is made from it."""
+        return Knowledge(self.elsewhere, self.pivot, self.mistaken)
 
 
 class Condition(Section):
     """What the training data of a condition are like."""
 
     title: str = Field(description="as it stands in the page")
-    rows: int = Field(ge=2, description="training rows per skill")
-    wrong: float = Field(0.0, ge=0, le=1, description="share of wrong responses, and of pairs the wrong way round")
-    learning_rate: float = Field(gt=0, description="peak, for methods that learn from responses; good for sft")
+    world: str = Field(description="key of the world")
+    wrong: float = Field(0.0, ge=0, le=1, description="share of wrong labels, and of pairs the wrong way round")
+    per_field: int | None = Field(None, ge=0, description="labels per field; the other prompts have none. Default: all")
 
 
 class Method(Section):
@@ -54,7 +72,7 @@ class Method(Section):
     title: str = Field("", description="as it stands in the page; default: the method's key in the plan")
     part: Literal["main", "ablation", "extra"] = "main"
     stages: tuple[dict[str, Any], ...] = Field((), description="as in a run's YAML; they share the steps equally")
-    model: Literal["pivot", "math", "code", "instruct"] | None = Field(
+    model: Literal["pivot", "towns", "codes", "pets"] | None = Field(
         None, description="in place of stages: a model of the world as it is"
     )
     tune: tuple[dict[str, Any], ...] = Field((), description="settings of the last stage, tried on validation items")
@@ -62,10 +80,13 @@ class Method(Section):
     share: float = Field(1.0, gt=0, le=1, description="share of the steps: the rest went into the model of `after`")
     after: str | None = Field(None, description="start from this method's model of the same seed and condition")
     half: Literal["all", "first", "second"] = Field("all", description="rows that the method learns from")
-    learns_from: Literal["rows", "teachers", "surest teacher"] = Field(
-        "rows", description="the rows' own responses, or what the teachers write on their prompts"
+    learns_from: Literal[
+        "labels", "truth", "consensus", "surest teacher", "a teacher", "the field's teacher", "majority"
+    ] = Field("labels", description="where the responses come from; all but labels answer every prompt")
+    pairs_from: Literal["verifier", "consensus"] = Field(
+        "verifier", description="who says which of the answers to a prompt is right, for methods on preferences"
     )
-    teachers: tuple[str, ...] = EXPERTS
+    teachers: tuple[str, ...] = FIELDS
     k: int = Field(10, ge=2, description="signals.k")
     conditions: tuple[str, ...] = Field((), description="only these; default: all")
     seeds: tuple[int, ...] = Field((), description="only these of the reported seeds; default: all")
@@ -109,11 +130,10 @@ class Cell:
 class Plan(Section):
     """The comparison."""
 
-    world_seed: int = Field(0, ge=0, description="of the world: teachers, pivot, items")
+    worlds: dict[str, WorldPlan]
     sizes: Sizes
-    seeds: tuple[int, ...] = Field(min_length=1, description="reported; each draws its own training rows and order")
-    tuning_seed: int = Field(description="settings are chosen on this one, which is not reported")
-    tuning_condition: str = Field(description="settings are chosen in this one, and used in all")
+    seeds: tuple[int, ...] = Field(min_length=1, description="reported; each draws its own labels and their order")
+    tuning_seeds: tuple[int, ...] = Field(min_length=1, description="settings are chosen on these, none is reported")
     conditions: dict[str, Condition]
     methods: dict[str, Method]
     cost_condition: str = Field(description="condition in which steps, memory and signals are measured")
@@ -122,11 +142,16 @@ class Plan(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
-        if self.tuning_seed in self.seeds:
-            raise ValueError(f"tuning_seed {self.tuning_seed} is among the reported seeds {self.seeds}")
-        for key in ("tuning_condition", "cost_condition"):
-            if getattr(self, key) not in self.conditions:
-                raise ValueError(f"{key} {getattr(self, key)!r} is none of {', '.join(self.conditions)}")
+        if shared := set(self.tuning_seeds) & set(self.seeds):
+            raise ValueError(f"tuning_seeds {sorted(shared)} are among the reported seeds {self.seeds}")
+        if self.cost_condition not in self.conditions:
+            raise ValueError(f"cost_condition {self.cost_condition!r} is none of {', '.join(self.conditions)}")
+        for name, settings in self.conditions.items():
+            if settings.world not in self.worlds:
+                raise ValueError(f"conditions.{name}: there is no world {settings.world!r}")
+        for name, world in self.worlds.items():
+            if world.tuned_in not in self.conditions or self.conditions[world.tuned_in].world != name:
+                raise ValueError(f"worlds.{name}: tuned_in {world.tuned_in!r} is no condition of this world")
         for name, method in self.methods.items():
             for other in (method.like, method.after, method.compare_to):
                 if other is not None and other not in self.methods:
@@ -153,12 +178,16 @@ class Plan(Section):
         """The conditions in which a method is measured."""
         return self.methods[name].conditions or tuple(self.conditions)
 
+    def worlds_of(self, name: str) -> tuple[str, ...]:
+        """The worlds in which a method is measured."""
+        return tuple(dict.fromkeys(self.conditions[condition].world for condition in self.conditions_of(name)))
+
     def settings_of(self, name: str, chosen: Mapping[str, dict[str, Any]], last: Mapping[str, Any]) -> str:
         """A cell's `settings`: what was tuned for other methods where `like` says so, and `last` in the last stage.
 
         Args:
             name: the method.
-            chosen: best settings of tuned methods, by name.
+            chosen: best settings of tuned methods in the cell's world, by name.
             last: settings of the last stage.
         """
         method = self.methods[name]
@@ -177,15 +206,19 @@ class Plan(Section):
             {method.like} if method.like else set()
         )
 
-    def tuning(self, name: str, chosen: Mapping[str, dict[str, Any]]) -> Iterator[Cell]:
-        """The cells on the tuning seed: one for each of the settings tried, or one model for others to go on from."""
+    def tuning(self, name: str, world: str, chosen: Mapping[str, dict[str, Any]]) -> Iterator[list[Cell]]:
+        """The cells on the tuning seeds of a world: for each of the settings tried one per seed, in their order.
+
+        A method that others go on from has one without settings, if it is not tuned itself.
+        """
         is_start = any(method.after == name for method in self.methods.values())
         for last in self.methods[name].tune or ([{}] if is_start else []):
             settings = self.settings_of(name, chosen, last)
-            yield self.cell(name, self.tuning_condition, self.tuning_seed, settings, "tune")
+            condition = self.worlds[world].tuned_in
+            yield [self.cell(name, condition, seed, settings, "tune") for seed in self.tuning_seeds]
 
     def reported(self, name: str, condition: str, chosen: Mapping[str, dict[str, Any]]) -> Iterator[Cell]:
-        """The cells that the page reports of a method in one condition; `chosen` holds what tuning gave."""
+        """The cells that the page reports of a method in a condition; `chosen` holds what tuning gave in its world."""
         settings = self.settings_of(name, chosen, chosen.get(name, {}))
         method = self.methods[name]
         for seed in self.seeds[:1] if method.model else method.seeds or self.seeds:
@@ -195,7 +228,7 @@ class Plan(Section):
         """The cell that measures time, memory and signals of a main method, alone in a process, with an empty store."""
         if self.methods[name].stages and self.methods[name].part == "main":
             settings = self.settings_of(name, chosen, chosen.get(name, {}))
-            yield self.cell(name, self.cost_condition, self.tuning_seed, settings, "cost")
+            yield self.cell(name, self.cost_condition, self.tuning_seeds[0], settings, "cost")
 
     def start(self, cell: Cell) -> Cell | None:
         """The cell whose model a cell goes on from, where it is not the world's pivot."""
@@ -213,11 +246,14 @@ class Plan(Section):
     def recipe(self, name: str, condition: str) -> str:
         """Hash of what the results of a method in a condition depend on, besides settings and seed."""
         method = self.methods[name]
+        world = self.worlds[self.conditions[condition].world]
         parts = [
-            self.world_seed,
+            world.model_dump_json(exclude={"title", "tuned_in"}),
             self.sizes.model_dump_json(exclude={"cost_steps"}),
             self.conditions[condition].model_dump_json(exclude={"title"}),
-            method.model_dump_json(include={"stages", "model", "share", "half", "learns_from", "teachers", "k"}),
+            method.model_dump_json(
+                include={"stages", "model", "share", "half", "learns_from", "pairs_from", "teachers", "k"}
+            ),
             method.after and self.recipe(method.after, condition),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]

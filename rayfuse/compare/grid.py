@@ -17,15 +17,16 @@ from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from rayfuse import cluster
-from rayfuse.compare.cell import Bench, run_cell
+from rayfuse.compare.cell import Bench, needs_texts, run_cell
 from rayfuse.compare.design import Cell, Plan
 from rayfuse.compare.rows import training_rows, write_once
 from rayfuse.compare.texts import texts_file, write_texts
 from rayfuse.compare.tuning import Rows, best_settings, donated, right
-from rayfuse.config import STAGES, Config, parse_config
+from rayfuse.config import Config, parse_config
 from rayfuse.errors import RayfuseError
 from rayfuse.files import write_whole
-from rayfuse.quickstart.world import EXPERTS, build_world
+from rayfuse.quickstart.facts import FIELDS
+from rayfuse.quickstart.facts_world import build_facts_world
 from rayfuse.teachers.serving import applications
 
 
@@ -55,13 +56,16 @@ def compare(
     at_once: int = 2,
     until: float | None = None,
 ) -> None:
-    """Make the world where it is not in the cache, and do all cells; see `run_grid`.
+    """Make the worlds that are not in the cache, and do all cells; see `run_grid`.
 
     Raises:
         RayfuseError: cells failed; the others are done.
     """
-    world = build_world(cache, plan.world_seed, progress=console.print)
-    failed = run_grid(Bench(plan, world, work.resolve()), results, console, at_once=at_once, until=until)
+    worlds = {
+        key: build_facts_world(cache, world.seed, console.print, knowledge=world.knowledge)
+        for key, world in plan.worlds.items()
+    }
+    failed = run_grid(Bench(plan, worlds, work.resolve()), results, console, at_once=at_once, until=until)
     if failed:
         raise RayfuseError(f"{len(failed)} cells failed, the first: {failed[0].name}; call again to try them again")
 
@@ -72,7 +76,7 @@ def run_grid(
     """Do the cells that `results` does not hold yet.
 
     Args:
-        bench: plan, world and folder of everything that can be made again.
+        bench: plan, worlds and folder of everything that can be made again.
         results: the Parquet file.
         console: where progress goes.
         at_once: cells at a time, one core each.
@@ -83,7 +87,7 @@ def run_grid(
     """
     table = Results(results)
     failed: list[Cell] = []
-    running: dict[Any, Cell | int] = {}
+    running: dict[Any, Cell | str] = {}
     cluster.connect(_everything(bench))
     applications.start_serve()  # which two cells at once would race for
     while True:
@@ -95,10 +99,11 @@ def run_grid(
                 continue
             if cell.purpose == "cost" and running:
                 break
-            if _needs_texts(bench.plan, cell) and not texts_file(bench.plan, bench.work, cell.seed).exists():
-                if cell.seed not in busy:
-                    busy.append(cell.seed)
-                    running[write_texts.remote(bench.plan, bench.world, bench.work, cell.seed)] = cell.seed
+            world = bench.plan.conditions[cell.condition].world
+            if needs_texts(bench.plan, cell) and not texts_file(bench.plan, bench.work, world).exists():
+                if world not in busy:
+                    busy.append(world)
+                    running[write_texts.remote(bench.plan, world, bench.worlds[world], bench.work)] = world
                 continue
             running[run_cell.options(**_options(cell)).remote(bench, cell)] = cell
             if cell.purpose == "cost":
@@ -110,7 +115,7 @@ def run_grid(
         try:
             row = ray.get(finished)
         except RayTaskError as error:
-            if isinstance(done, int):
+            if isinstance(done, str):
                 raise
             failed.append(done)
             console.print(f"{done.name} failed: {error}", markup=False)
@@ -127,27 +132,31 @@ def open_cells(plan: Plan, rows: Rows) -> Iterator[Cell]:
     model that it goes on from.
     """
     for name in plan.methods:
-        chosen = donated(plan, rows, name)
-        if chosen is None:
-            continue
-        cells = list(plan.tuning(name, chosen))
-        best = best_settings(plan, rows, name)
-        if best is not None:
-            for condition in plan.conditions_of(name):
-                cells += plan.reported(name, condition, {**chosen, name: best})
+        cells: list[Cell] = []
+        for world in plan.worlds_of(name):
+            chosen, best = donated(plan, rows, name, world), best_settings(plan, rows, name, world)
+            if chosen is None:
+                continue
+            cells += [cell for tried in plan.tuning(name, world, chosen) for cell in tried]
+            for condition in plan.conditions_of(name) if best is not None else ():
+                if plan.conditions[condition].world == world:
+                    cells += plan.reported(name, condition, {**chosen, name: best or {}})
         yield from (cell for cell in cells if cell.name not in rows and _has_start(plan, rows, cell))
+    world = plan.conditions[plan.cost_condition].world
     for name in plan.methods:
-        chosen, best = donated(plan, rows, name), best_settings(plan, rows, name)
+        if plan.cost_condition not in plan.conditions_of(name):
+            continue
+        chosen, best = donated(plan, rows, name, world), best_settings(plan, rows, name, world)
         if chosen is not None and best is not None:
-            cells = list(plan.costs(name, {**chosen, name: best}))
-            yield from (cell for cell in cells if cell.name not in rows and _has_start(plan, rows, cell))
+            costs = list(plan.costs(name, {**chosen, name: best}))
+            yield from (cell for cell in costs if cell.name not in rows and _has_start(plan, rows, cell))
 
 
 def summary(row: Mapping[str, Any]) -> str:
     """One row as a person reads it."""
-    total = sum(len(row[f"right_{skill}"]) for skill in EXPERTS)
+    total = sum(len(row[f"right_{field}"]) for field in FIELDS)
     return (
-        f"{row['purpose']:6} {row['condition']:6} {row['method']:24} seed {row['seed']} {row['settings']:40} "
+        f"{row['purpose']:6} {row['condition']:18} {row['method']:24} seed {row['seed']} {row['settings']:40} "
         f"{right(row) / total:6.1%} {row['bits_per_byte']:.4f} bits/byte  {row['cell_seconds']:.0f} s"
     )
 
@@ -164,13 +173,15 @@ def _has_start(plan: Plan, rows: Rows, cell: Cell) -> bool:
 
 def _everything(bench: Bench) -> Config:
     """A configuration with all teachers, for an embedded Ray that has room for them and the cells."""
-    rows = write_once(training_rows(next(iter(bench.plan.conditions.values())), 0)[:1], bench.work / "data/any.jsonl")
-    teachers = [{"model": str(folder)} for folder in bench.world.teachers.values()]
-    tree = {"student": {"model": str(bench.world.pivot), "workers": 2}, "teachers": teachers, "data": str(rows)}
+    world = next(iter(bench.worlds.values()))
+    rows = write_once(
+        training_rows(bench.plan, next(iter(bench.plan.conditions)), 0)[:1], bench.work / "data/any.jsonl"
+    )
+    teachers = [
+        {"model": str(folder), "name": f"{key}-{name}"}
+        for key, one in bench.worlds.items()
+        for name, folder in one.teachers.items()
+    ]
+    tree = {"student": {"model": str(world.pivot), "workers": 2}, "teachers": teachers, "data": str(rows)}
     stages = [{"method": "sft", "batch_size": 16}]
     return parse_config({**tree, "stages": stages, "output": str(bench.work)})
-
-
-def _needs_texts(plan: Plan, cell: Cell) -> bool:
-    method = plan.methods[cell.method]
-    return method.learns_from != "rows" or any(STAGES[stage["method"]].sides for stage in method.stages)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -13,9 +14,7 @@ from rayfuse.compare.design import Plan
 from rayfuse.compare.plot import differences_svg
 from rayfuse.compare.statistics import Estimate
 from rayfuse.compare.table import RawResults
-from rayfuse.quickstart.world import EXPERTS
-
-SKILL_TITLES = {"math": "mathematics", "code": "lists", "instruct": "instructions"}
+from rayfuse.quickstart.facts import FIELDS
 
 
 def write_page(plan: Plan, results: Path, docs: Path) -> Path:
@@ -47,10 +46,10 @@ def _lines(raw: RawResults, tables: dict[tuple[str, str], pd.DataFrame]) -> Iter
     yield ""
     yield "## In short"
     yield ""
-    for condition in plan.conditions:
-        yield from _verdict(plan, condition, tables[condition, "main"])
+    yield from _short_table(raw, tables)
+    yield ""
     if missing := raw.missing():
-        yield f"- **In the plan, but not measured yet, or not with all seeds:** {'; '.join(missing)}."
+        yield f"**In the plan, but not measured yet, or not with all seeds:** {'; '.join(missing)}."
     yield ""
     yield from _questions(raw)
     yield ""
@@ -61,8 +60,8 @@ def _lines(raw: RawResults, tables: dict[tuple[str, str], pd.DataFrame]) -> Iter
         yield ""
         yield f"## {plan.conditions[condition].title}"
         yield ""
-        yield from _main_table(tables[condition, "main"])
-    yield from _part(plan, tables, "extra", "Beyond the methods as defined", _main_table)
+        yield from _main_table(plan, tables[condition, "main"])
+    yield from _part(plan, tables, "extra", "Beyond the methods as defined", partial(_main_table, plan))
     yield from _part(plan, tables, "ablation", "Ablations", partial(_ablation_table, plan))
     yield ""
     yield "## Tuning"
@@ -107,30 +106,59 @@ def _sizes(raw: RawResults) -> Iterator[str]:
     plan, sizes = raw.plan, raw.plan.sizes
     counts = raw.rows.purpose.value_counts()
     yield (
-        f"- {sizes.steps} steps of {sizes.batch_size} samples; seeds {', '.join(map(str, plan.seeds))} draw the "
-        f"training rows and their order; the world (teachers, pivot, items) is that of seed {plan.world_seed}."
+        f"- {sizes.steps} steps of {sizes.batch_size} samples; seeds {', '.join(map(str, plan.seeds))} draw which "
+        "labels are wrong or missing, and the order of the rows."
     )
     yield (
-        f"- {len(EXPERTS) * sizes.test} test items. Weights are chosen on {len(EXPERTS) * sizes.validation} other "
-        f"held-out items with seed {plan.tuning_seed}, which is not reported, in the condition "
-        f'"{plan.conditions[plan.tuning_condition].title}", by most right answers, and used in all conditions.'
+        f"- {len(FIELDS) * sizes.test} test items. Settings are chosen on {len(FIELDS) * sizes.validation} items about "
+        f"other facts, with seeds {', '.join(map(str, plan.tuning_seeds))}, which are not reported, by most right "
+        "answers, in one condition of each world, and used in all its conditions."
     )
-    for condition in plan.conditions.values():
-        wrong = f", {condition.wrong:.0%} of them with a wrong response" if condition.wrong else ""
-        yield f"- {condition.title}: {len(EXPERTS) * condition.rows:,} training rows{wrong}."
+    for world in plan.worlds.values():
+        yield (
+            f"- {world.title}: a teacher knows {world.elsewhere:.0%} of the facts outside its field"
+            + (f" and is surely wrong about {world.mistaken:.0%} of the others" if world.mistaken else "")
+            + f", the pivot {world.pivot:.0%} of all; settings are chosen in "
+            f'"{plan.conditions[world.tuned_in].title}".'
+        )
     yield f"- Trainings behind this page: {counts.get('report', 0)} reported, {counts.get('tune', 0)} for tuning."
 
 
-def _verdict(plan: Plan, condition: str, table: pd.DataFrame) -> Iterator[str]:
-    """Which methods are above SFT, which below, and which cannot be told from it; of those with all seeds."""
-    signs: dict[int, list[str]] = {1: [], -1: [], 0: []}
-    for record in table.to_dict("records"):
-        difference = record["difference"]
-        complete = record["seeds"] == len(plan.seeds) and record["method"] in plan.trained
-        if complete and record["compare_to"] == "sft" and isinstance(difference, Estimate):
-            signs[difference.sign].append(f"{record['title']} ({_points(difference).strip('*')})")
-    yield f"- **{plan.conditions[condition].title}.** Above SFT: {'; '.join(signs[1]) or 'none'}."
-    yield f"  Below SFT: {'; '.join(signs[-1]) or 'none'}. Not to be told from SFT: {'; '.join(signs[0]) or 'none'}."
+def _short_table(raw: RawResults, tables: dict[tuple[str, str], pd.DataFrame]) -> Iterator[str]:
+    """Every trained main method that has all its seeds: accuracy minus SFT's by condition, the best of the first one
+    first; the accuracy itself where SFT has nothing to learn from."""
+    plan = raw.plan
+    by_method: dict[str, dict[str, Any]] = {}
+    for condition in plan.conditions:
+        for record in tables[condition, "main"].to_dict("records"):
+            if record["method"] in plan.trained and record["seeds"] >= len(plan.seeds):
+                by_method.setdefault(record["method"], {})[condition] = record
+    first = next(iter(plan.conditions))
+
+    def gain(name: str) -> float:
+        record = by_method[name].get(first)
+        if record is None or not isinstance(record["difference"], Estimate):
+            return 0.0 if name == "sft" else -math.inf
+        return record["difference"].mean
+
+    titles = " | ".join(condition.title for condition in plan.conditions.values())
+    yield f"| minus SFT, points | {titles} | of the head-room |"
+    yield "|---|" + "---|" * (len(plan.conditions) + 1)
+    for name in sorted(by_method, key=gain, reverse=True):
+        cells = [_short_cell(by_method[name].get(condition), name) for condition in plan.conditions]
+        share = by_method[name].get(first, {}).get("headroom")
+        yield f"| {plan.title(name)} | {' | '.join(cells)} | {'' if share is None else f'{share:.0%}'} |"
+    yield ""
+    title = plan.conditions[first].title
+    yield f'The last column is of "{title}": 0% is the pivot, 100% is SFT on right labels for every prompt.'
+
+
+def _short_cell(record: dict[str, Any] | None, name: str) -> str:
+    if record is None:
+        return ""
+    if isinstance(record["difference"], Estimate) and name != "sft":
+        return _points(record["difference"])
+    return f"{record['all'].mean:.1%}"
 
 
 def _questions(raw: RawResults) -> Iterator[str]:
@@ -151,39 +179,44 @@ def _both(raw: RawResults, one: str, other: str, condition: str) -> bool:
     return not raw.reported(one, condition).empty and not raw.reported(other, condition).empty
 
 
-def _main_table(table: pd.DataFrame) -> Iterator[str]:
+def _main_table(plan: Plan, table: pd.DataFrame) -> Iterator[str]:
     if table.empty:
         yield "Not measured yet."
         return
-    skills = [SKILL_TITLES[skill] for skill in EXPERTS]
-    yield f"| method | chosen | seeds | {' | '.join(skills)} | all | all, minus SFT | bits per byte | minus SFT |"
-    yield "|---|---|---|" + "---|" * (len(skills) + 4)
-    for record in table.to_dict("records"):
+    yield f"| method | chosen | seeds | {' | '.join(FIELDS)} | all | minus | difference | of the head-room |"
+    yield "|---|---|---|" + "---|" * (len(FIELDS) + 4)
+    for record in table.sort_values("all", key=lambda column: column.map(_mean), ascending=False).to_dict("records"):
+        share = record["headroom"]
         yield (
             f"| {record['title']} | {record['settings']} | {record['seeds']} | "
-            + " | ".join(_share(record[skill]) for skill in (*EXPERTS, "all"))
-            + f" | {_points(record['difference'])} | {record['bits'].mean:.3f} | {_plain(record['bits_difference'])} |"
+            + " | ".join(f"{record[field].mean:.1%}" for field in FIELDS)
+            + f" | {_share(record['all'])} | {plan.title(record['compare_to'])} | {_points(record['difference'])} | "
+            + ("" if share is None or pd.isna(share) else f"{share:.0%}")
+            + " |"
         )
 
 
+def _mean(estimate: Estimate) -> float:
+    return estimate.mean
+
+
 def _ablation_table(plan: Plan, table: pd.DataFrame) -> Iterator[str]:
-    yield "| variant | chosen | seeds | all | minus | difference | bits per byte | difference |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| variant | chosen | seeds | all | minus | difference |"
+    yield "|---|---|---|---|---|---|"
     for record in table.to_dict("records"):
         yield (
             f"| {record['title']} | {record['settings']} | {record['seeds']} | {_share(record['all'])} | "
-            f"{plan.title(record['compare_to'])} | {_points(record['difference'])} | {record['bits'].mean:.3f} | "
-            f"{_plain(record['bits_difference'])} |"
+            f"{plan.title(record['compare_to'])} | {_points(record['difference'])} |"
         )
 
 
 def _tuning_table(raw: RawResults) -> Iterator[str]:
-    yield "| method | settings | validation items right | bits per byte | |"
-    yield "|---|---|---|---|---|"
+    yield "| world | method | settings | validation items right | bits per byte | |"
+    yield "|---|---|---|---|---|---|"
     for record in raw.tuning():
-        mark = "chosen" if record["chosen"] else ""
+        mark = "chosen, at the edge of what was tried" if record["edge"] else "chosen" if record["chosen"] else ""
         yield (
-            f"| {record['title']} | {record['settings']} | {record['right']:.1%} | "
+            f"| {record['world']} | {record['title']} | {record['settings']} | {record['right']:.1%} | "
             f"{record['bits_per_byte']:.3f} | {mark} |"
         )
 
@@ -239,9 +272,3 @@ def _points(estimate: object) -> str:
         return ""
     text = f"{100 * estimate.mean:+.1f} ({100 * estimate.low:+.1f} to {100 * estimate.high:+.1f})"
     return f"**{text}**" if estimate.sign else text
-
-
-def _plain(estimate: object) -> str:
-    return (
-        f"{estimate.mean:+.3f} ({estimate.low:+.3f} to {estimate.high:+.3f})" if isinstance(estimate, Estimate) else ""
-    )

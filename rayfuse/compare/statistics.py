@@ -54,13 +54,3 @@ def crossed_interval(values_SI: np.ndarray, level: float = 0.95) -> Estimate:
             freedom = scaled**2 / spread
     half = float(stats.t.ppf((1 + level) / 2, freedom)) * (scaled / (seeds * items)) ** 0.5
     return Estimate(mean, mean - half, mean + half)
-
-
-def seed_interval(values_S: np.ndarray, level: float = 0.95) -> Estimate:
-    """Mean of one value per seed and Student's t interval over the seeds (the value alone where S is 1)."""
-    mean = float(values_S.mean())
-    if len(values_S) == 1:
-        return Estimate(mean, mean, mean)
-    error = float(values_S.std(ddof=1)) / len(values_S) ** 0.5
-    half = float(stats.t.ppf((1 + level) / 2, len(values_S) - 1)) * error
-    return Estimate(mean, mean - half, mean + half)

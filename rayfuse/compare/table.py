@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from rayfuse.compare.design import Plan
-from rayfuse.compare.statistics import Estimate, crossed_interval, seed_interval
-from rayfuse.compare.tuning import best_settings, donated, right
-from rayfuse.quickstart.world import EXPERTS
+from rayfuse.compare.statistics import Estimate, crossed_interval
+from rayfuse.compare.tuning import best_settings, donated, score
+from rayfuse.quickstart.facts import FIELDS
 
 
 class RawResults:
@@ -29,12 +31,12 @@ class RawResults:
         self.rows = pd.read_parquet(path)
         by_cell = {str(row["cell"]): row for row in self.rows.to_dict("records")}
         self.cells: dict[tuple[str, str], list[str]] = {}
-        for name in plan.methods:
-            chosen, best = donated(plan, by_cell, name), best_settings(plan, by_cell, name)
-            for condition in plan.conditions:
-                known = chosen is not None and best is not None and condition in plan.conditions_of(name)
-                cells = plan.reported(name, condition, {**(chosen or {}), name: best or {}}) if known else ()
-                self.cells[name, condition] = [cell.name for cell in cells]
+        for name, condition in product(plan.methods, plan.conditions):
+            world = plan.conditions[condition].world
+            chosen, best = donated(plan, by_cell, name, world), best_settings(plan, by_cell, name, world)
+            known = chosen is not None and best is not None and condition in plan.conditions_of(name)
+            cells = plan.reported(name, condition, {**(chosen or {}), name: best or {}}) if known else ()
+            self.cells[name, condition] = [cell.name for cell in cells]
 
     def reported(self, method: str, condition: str) -> pd.DataFrame:
         """The reported rows of a method in a condition, by seed, with the settings that tuning chose.
@@ -47,34 +49,43 @@ class RawResults:
             return mine.iloc[[0] * len(self.plan.seeds)].set_axis(self.plan.seeds)
         return mine
 
-    def marks(self, method: str, condition: str, skill: str = "all") -> dict[int, np.ndarray]:
+    def marks(self, method: str, condition: str, field: str = "all") -> dict[int, np.ndarray]:
         """By seed, which items are right: float64 [items] of 0 and 1."""
         rows = self.reported(method, condition)
-        skills = EXPERTS if skill == "all" else (skill,)
-        texts = ["".join(parts) for parts in zip(*(rows[f"right_{s}"] for s in skills), strict=True)]
+        fields = FIELDS if field == "all" else (field,)
+        texts = ["".join(parts) for parts in zip(*(rows[f"right_{one}"] for one in fields), strict=True)]
         return {int(seed): np.array(list(text), dtype=np.float64) for seed, text in zip(rows.index, texts, strict=True)}
 
-    def accuracy(self, method: str, condition: str, skill: str = "all") -> Estimate:
+    def accuracy(self, method: str, condition: str, field: str = "all") -> Estimate:
         """Share of right items, with its interval over seeds and items (over items where there is one seed)."""
-        return crossed_interval(np.stack(list(self.marks(method, condition, skill).values())))
+        return crossed_interval(np.stack(list(self.marks(method, condition, field).values())))
 
-    def difference(self, method: str, other: str, condition: str, skill: str = "all") -> Estimate | None:
+    def difference(self, method: str, other: str, condition: str, field: str = "all") -> Estimate | None:
         """Accuracy of a method minus another's, paired by seed and item; None with fewer than two common seeds."""
-        mine, others = self.marks(method, condition, skill), self.marks(other, condition, skill)
+        mine, others = self.marks(method, condition, field), self.marks(other, condition, field)
         seeds = sorted(mine.keys() & others.keys())
         if len(seeds) < 2:
             return None
         return crossed_interval(np.stack([mine[seed] - others[seed] for seed in seeds]))
 
-    def bits(self, method: str, condition: str) -> Estimate:
-        """Held-out bits per byte, over the seeds."""
-        return seed_interval(self.reported(method, condition).bits_per_byte.to_numpy(dtype=np.float64))
+    def headroom(self, method: str, condition: str, field: str = "all") -> float | None:
+        """Share of the way from the pivot to the student of right labels on every prompt (`oracle`) that a method goes:
+        0 at the pivot, 1 at the oracle; None where one of them is not measured, or there is no way to go."""
+        ends = [self._in_world(name, condition) for name in ("pivot", "oracle")]
+        if None in ends or self.reported(method, condition).empty:
+            return None
+        low, high = (
+            self.accuracy(name, str(where), field).mean for name, where in zip(("pivot", "oracle"), ends, strict=True)
+        )
+        return (self.accuracy(method, condition, field).mean - low) / (high - low) if high > low else None
 
-    def bits_difference(self, method: str, other: str, condition: str) -> Estimate | None:
-        """Bits per byte of a method minus another's, paired by seed; None with fewer than two common seeds."""
-        mine, others = self.reported(method, condition).bits_per_byte, self.reported(other, condition).bits_per_byte
-        seeds = mine.index.intersection(others.index)
-        return seed_interval((mine[seeds] - others[seeds]).to_numpy(dtype=np.float64)) if len(seeds) > 1 else None
+    def _in_world(self, method: str, condition: str) -> str | None:
+        """A condition of the same world in which a method is reported: what learns from no label needs only one."""
+        if method not in self.plan.methods:
+            return None
+        world = self.plan.conditions[condition].world
+        mine = (name for name, one in self.plan.conditions.items() if one.world == world)
+        return next((name for name in mine if not self.reported(method, name).empty), None)
 
     def settings(self, method: str, condition: str) -> str:
         """What was chosen by tuning, as `key value` pairs; empty where nothing was."""
@@ -83,7 +94,7 @@ class RawResults:
         return ", ".join(filter(None, map(_settings_text, changes)))
 
     def main_table(self, condition: str, part: str) -> pd.DataFrame:
-        """One row per measured method of a part of the plan: accuracies, differences, bits per byte."""
+        """One row per measured method of a part of the plan: accuracies, differences, share of the head-room."""
         records = []
         for name, method in self.plan.methods.items():
             if method.part != part or self.reported(name, condition).empty:
@@ -95,34 +106,40 @@ class RawResults:
                     "title": method.title or name,
                     "settings": self.settings(name, condition),
                     "seeds": len(self.reported(name, condition)),
-                    **{skill: self.accuracy(name, condition, skill) for skill in (*EXPERTS, "all")},
+                    **{field: self.accuracy(name, condition, field) for field in (*FIELDS, "all")},
                     "compare_to": other,
                     "difference": None if other == name else self.difference(name, other, condition),
-                    "bits": self.bits(name, condition),
-                    "bits_difference": None if other == name else self.bits_difference(name, other, condition),
+                    "headroom": self.headroom(name, condition),
                 }
             )
         return pd.DataFrame(records)
 
     def tuning(self) -> list[dict[str, Any]]:
-        """What every tuning cell gave on the validation items, by method."""
+        """What every setting tried gave on the validation items of the tuning seeds, by world and method.
+
+        `edge` tells that the chosen one is the smallest or largest value tried of its only key: a better one may lie
+        beyond.
+        """
         by_cell = {str(row["cell"]): row for row in self.rows.to_dict("records")}
         records = []
         for name, method in self.plan.methods.items():
-            chosen, best = donated(self.plan, by_cell, name), best_settings(self.plan, by_cell, name)
-            if chosen is None or not method.tune:
-                continue
-            for settings, cell in zip(method.tune, self.plan.tuning(name, chosen), strict=True):
-                row = by_cell.get(cell.name)
-                if row is not None:
-                    items = len(EXPERTS) * self.plan.sizes.validation
+            for world in self.plan.worlds_of(name) if method.tune else ():
+                chosen = donated(self.plan, by_cell, name, world)
+                best = best_settings(self.plan, by_cell, name, world)
+                for settings, cells in zip(method.tune, self.plan.tuning(name, world, chosen or {}), strict=True):
+                    measured = [cell for cell in cells if chosen is not None and cell.name in by_cell]
+                    if not measured:
+                        continue
+                    right, bits = score(by_cell, measured)
                     records.append(
                         {
                             "title": self.plan.title(name),
+                            "world": self.plan.worlds[world].title,
                             "settings": _settings_text(settings),
-                            "right": right(row) / items,
-                            "bits_per_byte": row["bits_per_byte"],
+                            "right": right / (len(FIELDS) * self.plan.sizes.validation * len(measured)),
+                            "bits_per_byte": -bits / len(measured),
                             "chosen": settings == best,
+                            "edge": settings == best and _at_the_edge(settings, method.tune),
                         }
                     )
         return records
@@ -175,3 +192,13 @@ class RawResults:
 
 def _settings_text(settings: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value:g}" for key, value in settings.items())
+
+
+def _at_the_edge(settings: dict[str, Any], tried: Sequence[dict[str, Any]]) -> bool:
+    """Whether settings of one key have its smallest or largest value of three or more."""
+    keys = {key for one in tried for key in one}
+    if len(keys) != 1 or len(tried) < 3:
+        return False
+    (key,) = keys
+    values = [one[key] for one in tried]
+    return settings[key] in (min(values), max(values))

@@ -7,7 +7,7 @@ of its own. A fact is asked for in three ways, of which one is held out: who has
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from random import Random
 
@@ -30,10 +30,18 @@ class Knowledge:
     mistaken: float = 0.0
 
 
+EXPERTS = Knowledge()
+"""The quickstart's world."""
+
+
 def build_facts_world(
-    cache: Path, seed: int = 0, progress: Callable[[str], None] = lambda line: None, map_function: Map = in_processes
+    cache: Path,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
+    map_function: Map = in_processes,
+    knowledge: Knowledge = EXPERTS,
 ) -> World:
-    """The world of this seed: from the cache, or made there now. See world.build_world."""
+    """The world of this seed, whose models know so much: from the cache, or made there now. See world.build_world."""
 
     def make(unfinished: Path) -> None:
         made, draw = facts.facts(seed), Random(seed)
@@ -42,18 +50,20 @@ def build_facts_world(
         made_world = World(unfinished, facts.FIELDS)
         skills.write_rows(labels, made_world.train)
         skills.write_rows(facts.rows(made, "heldout"), made_world.evaluation)
-        jobs = [(name, seed, unfinished / ("teachers" if name in facts.FIELDS else "") / name) for name in STYLES]
+        folders = {name: unfinished / ("teachers" if name in facts.FIELDS else "") / name for name in STYLES}
+        jobs = [(name, seed, folder, knowledge) for name, folder in folders.items()]
         train_all(train_one, jobs, unfinished, progress, map_function)
 
     sources = [Path(str(module.__file__)) for module in (tiny_models, facts, skills, world)] + [Path(__file__)]
-    return World(cached(cache, f"facts-{seed}", sources, make, progress), facts.FIELDS)
+    shares = "" if knowledge == EXPERTS else "".join(f"-{share:g}" for share in astuple(knowledge))
+    return World(cached(cache, f"facts{shares}-{seed}", sources, make, progress), facts.FIELDS)
 
 
-def train_one(job: tuple[str, int, Path]) -> tuple[str, dict[str, float]]:
-    """Make one model, (name, seed, folder), on one thread; returns its name and seconds."""
-    name, seed, folder = job
+def train_one(job: tuple[str, int, Path, Knowledge]) -> tuple[str, dict[str, float]]:
+    """Make one model, (name, seed, folder, what it knows), on one thread; returns its name and seconds."""
+    name, seed, folder, knowledge = job
     with one_thread() as times:
-        make_model(name, seed, folder, Knowledge(), STEPS)
+        make_model(name, seed, folder, knowledge, STEPS)
     return name, times
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rayfuse.compare.statistics import Estimate, crossed_interval, seed_interval
+from rayfuse.compare.statistics import Estimate, crossed_interval
 
 
 def _drawn(rng: np.random.Generator, seeds: int, items: int, of_seed: float, of_item: float, rest: float) -> np.ndarray:
@@ -13,15 +13,6 @@ def _drawn(rng: np.random.Generator, seeds: int, items: int, of_seed: float, of_
         + of_item * rng.normal(size=(1, items))
         + rest * rng.normal(size=(seeds, items))
     )
-
-
-def test_seed_interval_is_the_paired_t_interval_of_scipy():
-    rng = np.random.default_rng(0)
-    one, other = rng.normal(size=5), rng.normal(size=5)
-    ours = seed_interval(one - other)
-    theirs = stats.ttest_rel(one, other).confidence_interval(0.95)
-    assert ours.mean == pytest.approx((one - other).mean())
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
 
 
 def test_items_that_say_the_same_leave_the_t_interval_over_seeds():

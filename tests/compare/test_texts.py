@@ -1,64 +1,92 @@
-"""Preference pairs and teacher-written responses, made of texts written by hand."""
-
-import json
+"""Responses and preference pairs, made of texts written by hand."""
 
 import pytest
 
-from rayfuse.compare.design import Condition
-from rayfuse.compare.rows import training_rows
-from rayfuse.compare.texts import pairs_of, responses_of
+from rayfuse.compare.design import Condition, Method
+from rayfuse.compare.texts import pairs_for, responses_for
 
-SEED = 5
-
-
-def _condition(wrong: float) -> Condition:
-    return Condition(title="-", rows=20, wrong=wrong, learning_rate=1e-3)
+ROWS = [
+    {
+        "prompt": f"Q{number}",
+        "skill": ("towns", "codes", "pets")[number % 3],
+        "truth": f"A{number}",
+        "response": f"A{number}" if number % 5 else f"L{number}",
+    }
+    for number in range(90)
+]
+EXPERT = {"towns": -0.01, "codes": -0.02, "pets": -0.03}
 
 
 @pytest.fixture
-def texts(tmp_path):
-    """Every third prompt is answered rightly by all, every third by none; else by the code teacher and one sample."""
-    path = tmp_path / "texts.jsonl"
-    lines = []
-    answers = {row["prompt"]: row["response"] for row in training_rows(_condition(0.0), SEED)}
-    for number, (prompt, answer) in enumerate(sorted(answers.items())):
-        for place, (writer, logp) in enumerate([("math", -2.0), ("code", -0.1), ("instruct", -3.0), ("pivot", -0.01)]):
-            is_right = number % 3 == 0 or (number % 3 == 2 and writer in ("code", "pivot"))
-            response = answer if is_right else f"{answer} {place}"
-            lines.append({"prompt": prompt, "writer": writer, "response": response, "logp": logp})
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+def texts():
+    """Each field's teacher is right and sure, the others guess each for itself; a sample of the pivot is right, one
+    not."""
+    made = {}
+    for number, row in enumerate(ROWS):
+        own = row["skill"]
+        made[row["prompt"]] = [
+            {"writer": name, "response": row["truth"], "logp": logp}
+            if name == own
+            else {"writer": name, "response": f"{name}{number}", "logp": -3.0}
+            for name, logp in EXPERT.items()
+        ]
+        made[row["prompt"]] += [
+            {"writer": "pivot", "response": f"P{number}", "logp": -2.0},
+            {"writer": "sample", "response": row["truth"], "logp": -2.0},
+            {"writer": "sample", "response": f"S{number}", "logp": -2.0},
+        ]
+    return made
 
 
-def test_pairs_hold_a_right_and_a_wrong_answer(texts):
-    answers = {row["prompt"]: row["response"] for row in training_rows(_condition(0.0), SEED, "second")}
-    every = sorted(row["prompt"] for row in training_rows(_condition(0.0), SEED))
-    pairs = pairs_of(texts, _condition(0.0), SEED)
-    mixed = {p for number, p in enumerate(sorted(set(every))) if number % 3 == 2}
-    assert {pair["prompt"] for pair in pairs} == mixed & set(answers)
+def _method(**changes):
+    return Method.model_validate({"stages": [{"method": "sft"}], **changes})
+
+
+def _responses(source, texts, rows=ROWS):
+    made = responses_for(_method(learns_from=source), rows, ROWS, texts, 7)
+    assert all(row.keys() == {"prompt", "response", "skill"} for row in made)
+    return {row["prompt"]: row["response"] for row in made}
+
+
+def test_responses_come_from_where_the_method_says(texts):
+    truth = {row["prompt"]: row["truth"] for row in ROWS}
+    assert _responses("labels", texts) == {row["prompt"]: row["response"] for row in ROWS}
+    for source in ("truth", "surest teacher", "the field's teacher", "consensus"):
+        assert _responses(source, texts) == truth, source
+    unlabelled = [{key: value for key, value in row.items() if key != "response"} for row in ROWS]
+    assert _responses("labels", texts, unlabelled) == {}
+    assert _responses("surest teacher", texts, unlabelled) == truth
+
+
+def test_what_most_say_is_the_labels_where_it_agrees_with_a_teacher(texts):
+    said = _responses("majority", texts)
+    for number, row in enumerate(ROWS):
+        assert said[row["prompt"]] == row["truth"], number  # of equals the surest: the field's teacher
+
+
+def test_a_teacher_is_drawn_by_the_seed(texts):
+    drawn = _responses("a teacher", texts)
+    assert drawn == _responses("a teacher", texts)
+    writers = {next(t["writer"] for t in texts[p] if t["response"] == said) for p, said in drawn.items()}
+    assert writers == set(EXPERT)
+
+
+def test_pairs_of_the_verifier_hold_a_right_and_a_wrong_answer(texts):
+    condition = Condition(title="-", world="-")
+    pairs = pairs_for(_method(), condition, ROWS[1::2], ROWS, texts, 5)
+    truth = {row["prompt"]: row["truth"] for row in ROWS[1::2]}
+    assert {pair["prompt"] for pair in pairs} == set(truth)
     for pair in pairs:
-        assert pair["chosen"] == answers[pair["prompt"]] != pair["rejected"]
-        assert pair["chosen_pivot"] == answers[pair["prompt"]]  # the pivot is right where the code teacher is
+        assert pair["chosen"] == pair["chosen_pivot"] == truth[pair["prompt"]] != pair["rejected"]
+    flipped = pairs_for(_method(), condition.model_copy(update={"wrong": 0.3}), ROWS[1::2], ROWS, texts, 5)
+    turned = [pair for pair in flipped if pair["rejected"] == truth[pair["prompt"]]]
+    assert len(turned) == round(0.3 * len(flipped)) > 0
+    assert all(pair["chosen_pivot"] == pair["chosen"] for pair in turned)
 
 
-def test_wrong_share_of_the_pairs_is_the_wrong_way_round(texts):
-    answers = {row["prompt"]: row["response"] for row in training_rows(_condition(0.0), SEED, "second")}
-    pairs = pairs_of(texts, _condition(0.3), SEED)
-    exchanged = [pair for pair in pairs if pair["rejected"] == answers[pair["prompt"]]]
-    assert len(exchanged) == round(0.3 * len(pairs)) > 0
-    assert all(pair["chosen_pivot"] != pair["rejected"] for pair in pairs)
-    straight = pairs_of(texts, _condition(0.0), SEED)
-    assert [{pair["chosen"], pair["rejected"]} for pair in pairs] == [{p["chosen"], p["rejected"]} for p in straight]
-
-
-def test_teachers_write_the_responses(texts):
-    rows = training_rows(_condition(0.3), SEED)
-    surest = responses_of(texts, _condition(0.3), SEED, "all", surest=True)
-    drawn = responses_of(texts, _condition(0.3), SEED, "all", surest=False)
-    assert [row["prompt"] for row in surest] == [row["prompt"] for row in drawn] == [row["prompt"] for row in rows]
-    written = [json.loads(line) for line in texts.read_text().splitlines()]
-    by_writer = {(row["prompt"], row["writer"]): row["response"] for row in written}
-    assert all(row["response"] == by_writer[row["prompt"], "code"] for row in surest)  # never the pivot's
-    ends = {row["response"][-2:] for row in drawn}
-    assert {" 0", " 2"} <= ends  # wrong answers of teachers are learned from as they are
-    assert " 3" not in ends
+def test_pairs_of_the_consensus_need_no_truth(texts):
+    blind = [{**row, "truth": ""} for row in ROWS]
+    pairs = pairs_for(_method(pairs_from="consensus"), Condition(title="-", world="-"), blind, blind, texts, 5)
+    truth = {row["prompt"]: row["truth"] for row in ROWS}
+    assert len(pairs) == len(ROWS)
+    assert all(pair["chosen"] == truth[pair["prompt"]] != pair["rejected"] for pair in pairs)
