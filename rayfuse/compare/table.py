@@ -80,12 +80,13 @@ class RawResults:
         return (self.accuracy(method, condition, field).mean - low) / (high - low) if high > low else None
 
     def _in_world(self, method: str, condition: str) -> str | None:
-        """A condition of the same world in which a method is reported: what learns from no label needs only one."""
+        """This condition, or another of its world in which a method is reported: what learns from no label needs only
+        one."""
         if method not in self.plan.methods:
             return None
         world = self.plan.conditions[condition].world
-        mine = (name for name, one in self.plan.conditions.items() if one.world == world)
-        return next((name for name in mine if not self.reported(method, name).empty), None)
+        others = (name for name, one in self.plan.conditions.items() if one.world == world)
+        return next((name for name in (condition, *others) if not self.reported(method, name).empty), None)
 
     def settings(self, method: str, condition: str) -> str:
         """What was chosen by tuning, as `key value` pairs; empty where nothing was."""
