@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# Beside other tests Ray's processes, which are nicer than others by default, would wait for all of them.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 from hypothesis import settings
@@ -18,6 +22,14 @@ from rayfuse.quickstart.tiny_models import STYLES, make_model, make_tokenizer, s
 
 settings.register_profile("rayfuse", deadline=None)  # a busy machine must not fail a test
 settings.load_profile("rayfuse")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start a Ray come first, and one after the other; the rest runs beside them (pytest -n 2)."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from rayfuse.errors import ConfigError, DataError
 from rayfuse.quickstart import facts, tiny_models
 from rayfuse.run.fuse import fuse
 
+pytestmark = pytest.mark.ray
+
 FIELDS = {"math": "towns", "code": "pets"}
 
 

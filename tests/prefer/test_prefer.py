@@ -22,6 +22,8 @@ from rayfuse.prefer.make import prefer, summary_path
 from rayfuse.run.fuse import fuse
 from rayfuse.teachers.identity import fingerprint
 
+pytestmark = pytest.mark.ray
+
 TRIPLE = ("chosen", "chosen_pivot", "rejected")
 
 

@@ -25,6 +25,8 @@ from rayfuse.errors import CheckpointError, TeacherError
 from rayfuse.metrics.records import read_metrics
 from rayfuse.run.fuse import fuse
 
+pytestmark = pytest.mark.ray
+
 RAYFUSE = str(Path(sys.executable).with_name("rayfuse"))
 SKILLS = {"math", "code", "instruct"}
 

@@ -23,6 +23,8 @@ from rayfuse.teachers.serving.client import TeacherClient
 from rayfuse.teachers.serving.replica import TeacherReplica
 from rayfuse.teachers.transformers import TransformersTeacher
 
+pytestmark = pytest.mark.ray
+
 K = 5
 
 

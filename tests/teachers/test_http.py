@@ -25,6 +25,8 @@ from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.serving.client import TeacherClient
 from rayfuse.teachers.transformers import TransformersTeacher
 
+pytestmark = pytest.mark.ray
+
 K = 5
 TOKEN = "only-for-this-test-0123456789"
 ROW = {"prompt": "What is 2 + 2?", "response": "It is 4 🙂"}

@@ -179,6 +179,7 @@ def test_a_looser_tolerance_accepts(teacher, reference):
     assert compare(loose, reference, answers, {})["tolerance"] == 0.1
 
 
+@pytest.mark.ray
 def test_through_the_deployment_once_per_fingerprint(tiny, tmp_path):
     """The serving path itself: tested, remembered, refused where something else answers under the teacher's name."""
     tree = tiny.tree(tmp_path)
