@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import re
 import shutil
@@ -25,6 +26,7 @@ from rich.console import Console
 from safetensors import safe_open
 
 from rayfuse.compare.design import Cell, Plan
+from rayfuse.compare.gradients import measure_gradients
 from rayfuse.compare.rows import heldout_items, rows_name, training_rows, write_once
 from rayfuse.compare.texts import pairs_for, read_texts, responses_for, texts_file
 from rayfuse.config import STAGES, Benchmark, Config, Teacher, parse_config
@@ -63,6 +65,10 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     begun = time.monotonic()
     folder = cell_folder(bench, cell)
     shutil.rmtree(folder, ignore_errors=True)
+    if cell.purpose == "gradient":
+        gradients = measure_gradients(config_of(bench, cell, folder / "run"), Console(quiet=True))
+        unscored = {f"right_{field}": "" for field in FIELDS} | {"bits_per_byte": math.nan}
+        return {**asdict(cell), "cell": cell.name, **gradients, **unscored, "cell_seconds": time.monotonic() - begun}
     measured: dict[str, Any] = {}
     model = _untrained(bench, cell)
     if model is None:
@@ -122,6 +128,8 @@ def config_of(bench: Bench, cell: Cell, output: Path) -> Config:
 def _data(bench: Bench, cell: Cell, kind: str) -> Path:
     """The file that a cell learns from, made where no cell before has: "responses" or "preferences"."""
     plan, method = bench.plan, bench.plan.methods[cell.method]
+    if cell.purpose == "gradient":
+        method = method.model_copy(update={"learns_from": "truth"})
     source = method.learns_from if kind == "responses" else method.pairs_from
     name = f"{rows_name(plan, cell.condition, cell.seed)}-{method.half}-{kind}-{re.sub('[^a-z]+', '-', source)}"
     path = bench.work / "data" / f"{name}.jsonl"

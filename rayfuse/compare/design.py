@@ -17,13 +17,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from rayfuse.config import Section
+from rayfuse.config import STAGES, Section, TeacherStage
 from rayfuse.errors import ConfigError
 from rayfuse.quickstart.facts import FIELDS
 from rayfuse.quickstart.facts_world import Knowledge
 
 Split = Literal["validation", "test"]
-Purpose = Literal["tune", "report", "cost"]
+Purpose = Literal["tune", "report", "cost", "gradient"]
 
 
 class Sizes(Section):
@@ -109,7 +109,7 @@ class Cell:
         seed: draws the training rows and their order.
         split: which items it is scored on.
         settings: changes to the stages, as JSON: a list with one object per stage.
-        purpose: "tune", "report" or "cost".
+        purpose: "tune", "report", "cost" or "gradient" (gradients where the student starts, nothing is trained).
         recipe: hash of the rest that the result depends on: sizes, condition and method as the plan has them.
     """
 
@@ -229,6 +229,19 @@ class Plan(Section):
         if self.methods[name].stages and self.methods[name].part == "main":
             settings = self.settings_of(name, chosen, chosen.get(name, {}))
             yield self.cell(name, self.cost_condition, self.tuning_seeds[0], settings, "cost")
+
+    def gradients(self, name: str) -> Iterator[Cell]:
+        """The cells that measure the gradient of a main method's distance, one for each of its worlds."""
+        method = self.methods[name]
+        one_distance = len(method.stages) == 1 and issubclass(STAGES[method.stages[0]["method"]], TeacherStage)
+        if (
+            one_distance
+            and method.part == "main"
+            and method.learns_from == "labels"
+            and "merge" not in method.stages[0]
+        ):
+            for world in self.worlds_of(name):
+                yield self.cell(name, self.worlds[world].tuned_in, self.tuning_seeds[0], "[{}]", "gradient")
 
     def start(self, cell: Cell) -> Cell | None:
         """The cell whose model a cell goes on from, where it is not the world's pivot."""

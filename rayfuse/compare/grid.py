@@ -142,6 +142,8 @@ def open_cells(plan: Plan, rows: Rows) -> Iterator[Cell]:
                 if plan.conditions[condition].world == world:
                     cells += plan.reported(name, condition, {**chosen, name: best or {}})
         yield from (cell for cell in cells if cell.name not in rows and _has_start(plan, rows, cell))
+    for name in plan.methods:
+        yield from (cell for cell in plan.gradients(name) if cell.name not in rows)
     world = plan.conditions[plan.cost_condition].world
     for name in plan.methods:
         if plan.cost_condition not in plan.conditions_of(name):
@@ -154,6 +156,9 @@ def open_cells(plan: Plan, rows: Rows) -> Iterator[Cell]:
 
 def summary(row: Mapping[str, Any]) -> str:
     """One row as a person reads it."""
+    if row["purpose"] == "gradient":
+        measured = f"ratio {row['gradient_ratio']:.3g}, cosine {row['gradient_cosine']:+.2f}"
+        return f"{row['purpose']:6} {row['condition']:18} {row['method']:24} {measured}  {row['cell_seconds']:.0f} s"
     total = sum(len(row[f"right_{field}"]) for field in FIELDS)
     return (
         f"{row['purpose']:6} {row['condition']:18} {row['method']:24} seed {row['seed']} {row['settings']:40} "

@@ -69,6 +69,17 @@ def _lines(raw: RawResults, tables: dict[tuple[str, str], pd.DataFrame]) -> Iter
     yield from plan.notes.get("tuning", "").strip().splitlines()
     yield ""
     yield from _tuning_table(raw)
+    gradients = raw.gradients()
+    if not gradients.empty:
+        yield ""
+        yield "## Gradients at the pivot"
+        yield ""
+        yield from plan.notes.get("gradients", "").strip().splitlines()
+        yield ""
+        yield "| world | distance of | norm over SFT's | cosine with SFT's |"
+        yield "|---|---|---|---|"
+        for row in gradients.sort_values(["world", "gradient_cosine"], ascending=[True, False]).itertuples():
+            yield f"| {row.world} | {row.title} | {row.gradient_ratio:.2f} | {row.gradient_cosine:+.2f} |"
     costs = raw.costs()
     if not costs.empty:
         yield ""

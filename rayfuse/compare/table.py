@@ -145,6 +145,22 @@ class RawResults:
                     )
         return records
 
+    def gradients(self) -> pd.DataFrame:
+        """At the pivot, by method and world: `gradient_ratio` and `gradient_cosine` of its distance beside SFT on right
+        answers."""
+        by_cell = {str(row["cell"]): row for row in self.rows.to_dict("records")}
+        records = [
+            {
+                "title": self.plan.title(name),
+                "world": self.plan.worlds[self.plan.conditions[cell.condition].world].title,
+                **{key: by_cell[cell.name][key] for key in ("gradient_ratio", "gradient_cosine")},
+            }
+            for name in self.plan.methods
+            for cell in self.plan.gradients(name)
+            if cell.name in by_cell
+        ]
+        return pd.DataFrame(records)
+
     def missing(self) -> list[str]:
         """The methods of the plan that are not measured in all their conditions with all their seeds, by title."""
         missing = []

@@ -70,7 +70,7 @@ def test_a_comparison_is_done_in_pieces_and_told_as_measured(bench, tmp_path, em
     table = pd.read_parquet(results)
     pd.testing.assert_frame_equal(table.iloc[:3][before.columns], before, check_dtype=False)  # not done again
     assert table.cell.is_unique
-    assert table.purpose.value_counts().to_dict() == {"report": 8, "tune": 4, "cost": 4}
+    assert table.purpose.value_counts().to_dict() == {"report": 8, "tune": 4, "cost": 4, "gradient": 2}
     assert not list(open_cells(bench.plan, Results(results).rows))
 
     _check_rows(table)
@@ -95,8 +95,11 @@ def _check_rows(table: pd.DataFrame) -> None:
         ),
     )
     distances = table.method.isin(["infifusion", "infigfusion"])
-    assert set(table[distances & (table.purpose != "tune")].settings) == {best}
+    assert set(table[distances & table.purpose.isin(["report", "cost"])].settings) == {best}
     assert json.loads(best)[0]["lam"] in (0.1, 0.5)
+    gradients = table[table.purpose == "gradient"]
+    assert (gradients.gradient_ratio > 0).all()
+    assert gradients.gradient_cosine.between(-1, 1).all()
     costs = by_cell.loc["cost"]
     assert costs.loc[("sft", 0), "forwarded"] == 0
     for method in ("infifusion", "infigfusion"):
@@ -116,6 +119,8 @@ def test_cells_wait_for_what_they_need(bench):
         ("infifusion", "tune"),
         ("drawn", "report"),
         ("drawn", "cost"),
+        ("infifusion", "gradient"),
+        ("infigfusion", "gradient"),
     }
     tuning = [cell for cell in cells if cell.purpose == "tune"]
     # The second setting is better over both seeds, though not on the first of them.
@@ -124,8 +129,10 @@ def test_cells_wait_for_what_they_need(bench):
     cells = list(open_cells(plan, rows))
     assert {(cell.method, cell.purpose) for cell in cells} == {
         (method, purpose) for method in plan.methods for purpose in ("report", "cost")
+    } | {("infifusion", "gradient"), ("infigfusion", "gradient")}
+    assert {cell.settings for cell in cells if cell.method.startswith("inf") and cell.purpose != "gradient"} == {
+        '[{"lam": 0.5}]'
     }
-    assert {cell.settings for cell in cells if cell.method.startswith("inf")} == {'[{"lam": 0.5}]'}
 
 
 def test_a_changed_plan_does_its_cells_again(bench):
