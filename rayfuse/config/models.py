@@ -55,8 +55,24 @@ class Model(Section):
 class Student(Model):
     """The pivot: the model that the teachers are fused into."""
 
-    engine: Annotated[Literal["ddp"], BeforeValidator(lambda name: "ddp" if name == "torch" else name)] = Field(
-        "ddp", description="what trains: plain PyTorch, data-parallel with DDP (also called torch)"
+    engine: Annotated[
+        Literal["ddp", "deepspeed", "fsdp2"], BeforeValidator(lambda name: "ddp" if name == "torch" else name)
+    ] = Field(
+        "ddp",
+        description="what trains: ddp (also called torch) holds the whole model on every worker; deepspeed (ZeRO) and "
+        "fsdp2 (PyTorch's fully_shard) hold a part of it on each",
+    )
+    zero_stage: Literal[1, 2, 3] | None = Field(
+        None,
+        description="deepspeed only: 1 shares out the optimiser's moments and float32 weights, 2 the gradients too, 3 "
+        "also the weights; default: 3",
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none",
+        description="what is kept in the host's memory: nothing, the optimiser (deepspeed), or optimiser and weights",
+    )
+    attention: Literal["sdpa", "flash_attention_2", "flex_attention"] | None = Field(
+        None, description="attention of the student's forward pass; default: what transformers chooses for the model"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="number format of the forward and backward pass (weights: float32)"
@@ -77,3 +93,30 @@ class Student(Model):
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about 30% slower")
     prefetch: int = Field(4, ge=1, description="units each worker keeps in preparation ahead of its step")
     max_failures: int = Field(3, ge=0, description="restarts from the last checkpoint before the run gives up")
+
+    @model_validator(mode="after")
+    def _engine_is_possible(self) -> Student:
+        if self.zero_stage is not None and self.engine != "deepspeed":
+            raise ValueError(
+                f"zero_stage is {self.zero_stage}, but engine is {self.engine}: use engine: deepspeed, or leave it out"
+            )
+        if self.offload == "none":
+            if self.engine != "ddp" and self.workers == 1:
+                raise ValueError(
+                    f"engine: {self.engine} shares the model out over its workers, and there is 1: raise workers, use "
+                    "engine: ddp, or keep the optimiser on the host (offload)"
+                )
+            return self
+        if self.engine == "ddp" or (self.engine == "fsdp2" and self.offload == "optimizer"):
+            able = "engine: deepspeed or fsdp2" if self.engine == "ddp" else "offload: all, or engine: deepspeed"
+            raise ValueError(f"engine: {self.engine} has no offload: {self.offload}; use {able}")
+        if self.offload == "all" and self.engine == "deepspeed" and self.shards_weights is False:
+            raise ValueError(f"offload: all moves the weights, which zero_stage {self.zero_stage} keeps whole; use 3")
+        if not self.gpus:
+            raise ValueError(f"offload is {self.offload}, but gpus is 0: all is in the host's memory; leave it out")
+        return self
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether no worker holds the whole model."""
+        return self.engine == "fsdp2" or (self.engine == "deepspeed" and self.zero_stage in (None, 3))

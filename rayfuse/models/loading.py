@@ -18,6 +18,7 @@ from typing import Any, get_args
 from rayfuse.config import Dtype, Model, Student, Teacher
 from rayfuse.errors import ModelError
 from rayfuse.models.imports import collector_paused
+from rayfuse.models.meta import parameters_on_meta
 from rayfuse.models.output_layer import check_architecture, text_decoder
 from rayfuse.models.quantised import quantisation, refuse_quantised
 from rayfuse.models.text_config import context_length, text_config
@@ -27,6 +28,7 @@ from rayfuse.models.weight_files import some_of, weight_files
 __all__ = [
     "WEIGHT_FILES",
     "context_length",
+    "empty_causal_lm",
     "inspect_model",
     "load_causal_lm",
     "load_model_config",
@@ -150,7 +152,7 @@ def load_causal_lm(model: Model, *, dtype: str | None = None, device: Any = "cpu
     transformers_logging.disable_progress_bar()
     config = load_model_config(model)
     auto = _checked_class(model, config)
-    arguments = _from_pretrained_arguments(model)
+    arguments = {**_from_pretrained_arguments(model), **_attention(model)}
     quantised = quantisation(config) is not None
     if quantised:
         arguments["device_map"] = {"": device}
@@ -167,6 +169,32 @@ def load_causal_lm(model: Model, *, dtype: str | None = None, device: Any = "cpu
         log.info("%s: not read: %s", model.model, some_of(sorted(info["unexpected_keys"])))
     _freeze_other_parts(loaded)
     return (loaded if quantised else loaded.to(device)).eval()
+
+
+def empty_causal_lm(model: Model) -> Any:
+    """The model in evaluation mode without the values of its parameters, which are float32 on the meta device.
+
+    Its buffers have their values, and `requires_grad` is as `load_causal_lm` sets it.
+
+    Raises:
+        ModelError: as `inspect_model`.
+    """
+    import torch
+
+    config = load_model_config(model)
+    auto = _checked_class(model, config)
+    inspected, _ = inspect_model(model)
+    remote = model.trust_remote_code is not None
+    with _loading("the architecture", model), parameters_on_meta():
+        empty = auto.from_config(config, dtype=torch.float32, trust_remote_code=remote, **_attention(model))
+    empty.generation_config = inspected.generation_config
+    _freeze_other_parts(empty)
+    return empty.eval()
+
+
+def _attention(model: Model) -> dict[str, Any]:
+    asked = model.attention if isinstance(model, Student) else None
+    return {} if asked is None else {"attn_implementation": asked}
 
 
 def inspect_model(model: Model) -> tuple[Any, list[str]]:

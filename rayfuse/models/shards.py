@@ -22,6 +22,15 @@ from rayfuse.models.weight_files import INDEX, SINGLE, read_index, some_of
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Number formats that can be computed with, by their names in safetensors."""
+OTHERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Other formats of buffers."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,11 @@ class Kind:
 
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"
+
+
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """The name of a dtype in safetensors."""
+    return next(name for name, value in {**FLOATS, **OTHERS}.items() if value == dtype)
 
 
 @dataclass(frozen=True)
@@ -100,13 +114,18 @@ class Shards:
         return tensor
 
 
+def in_order(kinds: dict[str, Kind]) -> list[str]:
+    """The names of a file's tensors in the order that they are written in: wide numbers first, so that all are aligned."""
+    return sorted(kinds, key=lambda name: (-kinds[name].bits, name))
+
+
 def write_shard(path: Path, kinds: dict[str, Kind], tensor_of: Callable[[str], torch.Tensor]) -> None:
     """Write a safetensors file one tensor at a time (the library's own writer wants all of a file in memory).
 
     The format: 8 bytes little-endian length of the header, the header in JSON, padded to 8 bytes, then the values.
-    Wide numbers come first, so that every tensor is aligned.
+    They are asked for and written `in_order`.
     """
-    names = sorted(kinds, key=lambda name: (-kinds[name].bits, name))
+    names = in_order(kinds)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rayfuse.errors import CheckpointError
@@ -31,18 +32,38 @@ RANDOM = "rng-"
 """Files of the ranks' random states begin so; all others are the engine's."""
 
 
+class Tensors(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with safe_open(path, framework="pt") as file:
+            self.names = list(file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 class Files(State):
-    """The engine's files of a checkpoint by their names without suffix, each read when it is asked for."""
+    """The engine's files of a checkpoint by their names without suffix; nothing is read before it is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         names = sorted(path.stem for path in folder.glob("*.safetensors"))
         self.names = [name for name in names if not name.startswith(RANDOM)]
 
-    def __getitem__(self, name: str) -> dict[str, torch.Tensor]:
+    def __getitem__(self, name: str) -> Tensors:
         if name not in self.names:
             raise KeyError(name)
-        return load_file(self.folder / f"{name}.safetensors")
+        return Tensors(self.folder / f"{name}.safetensors")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

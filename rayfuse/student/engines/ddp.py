@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,7 @@ class DDPEngine(Engine):
         module = HiddenToHead(self.model, vocabulary, self.dtype, router)
         self.module: nn.Module = nn.parallel.DistributedDataParallel(module) if self.world > 1 else module
         self.named = dict(self.model.named_parameters())
-        matrices = [p for p in self.named.values() if p.dim() >= 2]
-        others = [p for p in self.named.values() if p.dim() < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=stage.learning_rate,
-            betas=stage.betas,
-            fused=True,
-        )
+        self.optimizer = adamw(self.named.values(), stage)
 
     @staticmethod
     def backend(student: Student) -> str:
@@ -61,10 +55,7 @@ class DDPEngine(Engine):
         return "nccl" if student.gpus else "gloo"
 
     def _forward(self, batch: FusionBatch, k: int | None, lse: bool) -> Forward:
-        fields = ("input_ids", "attention_mask", "positions", "labels", "picks")
-        arrays = {name: getattr(batch, name) for name in fields if getattr(batch, name) is not None}
-        tensors = {name: on_device(array, self.device) for name, array in arrays.items()}
-        self.made: Forward = self.module(tensors, k, lse)
+        self.made: Forward = self.module(tensors_of(batch, self.device), k, lse)
         return self.made
 
     def score(self, batch: FusionBatch, k: int, *, lse: bool = False) -> HeadOutput:
@@ -172,6 +163,25 @@ class DDPEngine(Engine):
                 weights[name] = value.detach().cpu()
         save_model(self.model, weights, folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def tensors_of(batch: FusionBatch, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the forward reads of a batch, on the device."""
+    fields = ("input_ids", "attention_mask", "positions", "labels", "picks")
+    arrays = {name: getattr(batch, name) for name in fields if getattr(batch, name) is not None}
+    return {name: on_device(array, device) for name, array in arrays.items()}
+
+
+def decayed(parameters: Iterable[Any], stage: Stage) -> list[dict[str, Any]]:
+    """Groups of parameters for AdamW: matrices, which decay, and the others, which do not."""
+    every = list(parameters)
+    matrices, others = [p for p in every if p.dim() >= 2], [p for p in every if p.dim() < 2]
+    return [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def adamw(parameters: Iterable[Any], stage: Stage) -> torch.optim.AdamW:
+    """The stage's optimiser."""
+    return torch.optim.AdamW(decayed(parameters, stage), lr=stage.learning_rate, betas=stage.betas, fused=True)
 
 
 def prepare_forward(model: Any, *, dropout: bool, checkpointing: bool) -> None:

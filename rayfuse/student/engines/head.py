@@ -10,7 +10,7 @@ from torch import nn
 
 from rayfuse.errors import ModelError
 from rayfuse.losses import HeadOutput, fused_head, token_logps
-from rayfuse.models.output_layer import output_layer, text_decoder
+from rayfuse.models.output_layer import check_output_layer, output_layer, text_decoder
 from rayfuse.models.text_config import text_config
 
 
@@ -65,6 +65,33 @@ class HiddenToHead(nn.Module):
         return made
 
 
+class ShardedForward(HiddenToHead):
+    """HiddenToHead for engines that gather the weights around a module's forward, and that hook what it returns.
+
+    Their hooks find tensors in a dictionary, and not in a dataclass. All that reads the output layer's weight is here,
+    so that it is gathered once per micro-step.
+    """
+
+    def forward(self, batch: dict[str, torch.Tensor] | None, k: int | None, lse: bool) -> dict[str, Any]:  # type: ignore[override]
+        """The fields of a Forward and of its HeadOutput; without a batch nothing, and the architecture is checked."""
+        if batch is None:
+            device = next(self.model.parameters()).device.type
+            with torch.no_grad(), torch.autocast(device, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                check_output_layer(self.model, output_layer(self.model, self.vocabulary))
+                if self.router:
+                    check_router_loss(self.model)
+            return {}
+        made = super().forward(batch, k, lse)
+        head = {} if made.head is None else {f"head.{name}": value for name, value in vars(made.head).items()}
+        return {**head, "logps": made.logps, "router": made.router}
+
+
+def forward_of(fields: dict[str, Any]) -> Forward:
+    """The Forward whose fields a ShardedForward returned."""
+    head = {name.removeprefix("head."): value for name, value in fields.items() if name.startswith("head.")}
+    return Forward(HeadOutput(**head) if head else None, fields["logps"], fields["router"])
+
+
 def _hidden(
     model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, balanced: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -79,8 +106,13 @@ def _hidden(
     return out.hidden_states[-1], out.aux_loss
 
 
-def router_coefficient(model: Any, asked: float | None) -> float:
+def router_coefficient(model: Any, asked: float | None, *, check: bool = True) -> float:
     """Coefficient of the load-balancing loss: as asked, or the model's own; 0 where the model has no router.
+
+    Args:
+        model: the student.
+        asked: student.router_loss.
+        check: run the model to see that its code returns the loss; otherwise `check_router_loss` is still to be called.
 
     Raises:
         ModelError: it is asked for, and the model has none; or the model's code does not return it.
@@ -91,12 +123,12 @@ def router_coefficient(model: Any, asked: float | None) -> float:
             raise ModelError(f"student.router_loss is {asked:g}, but {type(model).__name__} has no router loss; use 0")
         return 0.0
     coefficient = float(own if asked is None else asked)
-    if coefficient:
-        _check_router_loss(model)
+    if coefficient and check:
+        check_router_loss(model)
     return coefficient
 
 
-def _check_router_loss(model: Any) -> None:
+def check_router_loss(model: Any) -> None:
     """Raises ModelError where the way with the load-balancing loss gives other hidden states, or no such loss."""
     ids = torch.arange(1, 5, device=model.device)[None] % text_config(model.config).vocab_size
     mask = torch.ones_like(ids)
