@@ -42,6 +42,7 @@ class StreamedModel:
         self.shards: Shards | None = None
         self.stored: dict[nn.Parameter, str] = {}
         self.places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+        self.read_as: dict[str, str] = {}
         if source.gguf_file is None:
             local = source.model_copy(update={"model": str(model_folder(source, source.model)), "revision": None})
             self.model = empty_causal_lm(local)
@@ -67,6 +68,7 @@ class StreamedModel:
             if not found or shards.kinds[found[0]].shape != tuple(parameter.shape):
                 return
             self.stored[parameter] = found[0]
+            self.read_as |= dict.fromkeys(aliases, found[0])
         buffers = self.model.state_dict().keys() - {name for aliases in names.values() for name in aliases}
         if not buffers <= shards.kinds.keys():
             return
@@ -84,6 +86,13 @@ class StreamedModel:
             filled = nn.Parameter(value, requires_grad=parameter.requires_grad)
             for owner, key in self.places[parameter]:
                 owner._parameters[key] = filled
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A parameter by its name, as it is in the files, or in the model that was loaded whole."""
+        parameter = self.read_as.get(name)
+        if self.shards is None or parameter is None:
+            return self.model.get_parameter(name).detach().cpu()
+        return self.shards.tensor(parameter).float()
 
     def write(self, folder: Path, tensor_of: Callable[[str], torch.Tensor], kinds: dict[str, Kind], rank: int) -> None:
         """Write configuration and weights into `folder`, on rank 0; all ranks call it.

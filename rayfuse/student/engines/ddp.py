@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,16 +172,21 @@ def tensors_of(batch: FusionBatch, device: torch.device) -> dict[str, torch.Tens
     return {name: on_device(array, device) for name, array in arrays.items()}
 
 
-def decayed(parameters: Iterable[Any], stage: Stage) -> list[dict[str, Any]]:
-    """Groups of parameters for AdamW: matrices, which decay, and the others, which do not."""
+def adamw(parameters: Iterable[Any], stage: Stage, dim: Callable[[Any], int] = torch.Tensor.dim) -> torch.optim.AdamW:
+    """The stage's optimiser; matrices decay, and vectors do not.
+
+    Args:
+        parameters: what it trains.
+        stage: rates.
+        dim: dimensions of a parameter, which an engine may have cut out of it.
+    """
     every = list(parameters)
-    matrices, others = [p for p in every if p.dim() >= 2], [p for p in every if p.dim() < 2]
-    return [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def adamw(parameters: Iterable[Any], stage: Stage) -> torch.optim.AdamW:
-    """The stage's optimiser."""
-    return torch.optim.AdamW(decayed(parameters, stage), lr=stage.learning_rate, betas=stage.betas, fused=True)
+    groups = [
+        {"params": [p for p in every if dim(p) >= 2], "weight_decay": stage.weight_decay},
+        {"params": [p for p in every if dim(p) < 2], "weight_decay": 0.0},
+    ]
+    filled = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(filled, lr=stage.learning_rate, betas=stage.betas, fused=True)
 
 
 def prepare_forward(model: Any, *, dropout: bool, checkpointing: bool) -> None:

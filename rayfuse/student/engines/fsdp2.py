@@ -9,7 +9,6 @@ with both of its uses.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,14 +18,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rayfuse.config import Stage, Student
 from rayfuse.errors import StudentError
 from rayfuse.student.engines.ddp import adamw
 from rayfuse.student.engines.head import Forward, forward_of
-from rayfuse.student.engines.ranges import WEIGHT, Ranges
-from rayfuse.student.engines.sharded import ShardedEngine
+from rayfuse.student.engines.ranges import MOMENTS, WEIGHT
+from rayfuse.student.engines.sharded import ShardedEngine, layers_of
 
 
 class FSDP2Engine(ShardedEngine):
@@ -43,7 +41,7 @@ class FSDP2Engine(ShardedEngine):
         layers = MixedPrecisionPolicy(
             param_dtype=getattr(torch, student.dtype), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        for unit in _layers(self.model):
+        for unit in layers_of(self.model):
             self.streamed.fill(unit, device)
             shard(unit, mp_policy=layers)
         # Embedding, last norm and output layer stay float32, as in DDP under autocast: so does the residual stream.
@@ -107,6 +105,9 @@ class FSDP2Engine(ShardedEngine):
         assert len(values) == min(rows, parameter.shape[0] - first)
         return first * (parameter.numel() // parameter.shape[0]), values.view(-1)
 
+    def _hold(self, name: str, key: str, values: torch.Tensor) -> None:
+        self._held(name, key)[1].copy_(values)
+
     def _steps_done(self) -> int:
         return next((int(state["step"]) for state in self.optimizer.state.values()), 0)
 
@@ -114,24 +115,12 @@ class FSDP2Engine(ShardedEngine):
         for parameter in self.named.values():
             if parameter.requires_grad:
                 count = torch.tensor(float(step), device=parameter.to_local().device)
-                moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                moments = {key: torch.zeros_like(parameter) for key in MOMENTS}
                 self.optimizer.state[parameter] = {"step": count, **moments}
-
-    def _after_load(self, ranges: Ranges) -> None:
-        pass  # the held weights are all there is
 
     def _whole(self, name: str) -> torch.Tensor:
         whole: torch.Tensor = self.named[name].detach().to(self.device).full_tensor()
         return whole.cpu()
-
-
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    """The model's layers, of text and of other media, none inside another."""
-    for child in model.children():
-        if isinstance(child, GradientCheckpointingLayer):
-            yield child
-        else:
-            yield from _layers(child)
 
 
 def _number(norm: torch.Tensor) -> float:

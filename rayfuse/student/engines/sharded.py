@@ -12,11 +12,14 @@ parameter. The rest follows:
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rayfuse.batch import FusionBatch
 from rayfuse.config import Stage, Student
@@ -52,6 +55,7 @@ class ShardedEngine(Engine):
         router = router_coefficient(self.model, student.router_loss, check=False)
         self.module = ShardedForward(self.model, vocabulary, getattr(torch, student.dtype), router)
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        self.trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     @staticmethod
     def backend(student: Student) -> str:
@@ -62,10 +66,11 @@ class ShardedEngine(Engine):
 
     @abstractmethod
     def _held(self, name: str, key: str) -> tuple[int, torch.Tensor]:
-        """The range that this rank holds of `WEIGHT` or of a moment: its first element, and its values, flat.
+        """The range that this rank holds of `WEIGHT` or of a moment: its first element, and its values, flat."""
 
-        The values are the engine's own memory: what is copied into them changes the state.
-        """
+    @abstractmethod
+    def _hold(self, name: str, key: str, values: torch.Tensor) -> None:
+        """Overwrite what `_held` returns, with as many values on the CPU."""
 
     @abstractmethod
     def _steps_done(self) -> int:
@@ -74,10 +79,6 @@ class ShardedEngine(Engine):
     @abstractmethod
     def _prepare_moments(self, step: int) -> None:
         """Make the optimiser's state, so that `_held` finds the moments, after `step` steps."""
-
-    @abstractmethod
-    def _after_load(self, ranges: Ranges) -> None:
-        """Bring what is computed from the held weights up to date. Collective."""
 
     @abstractmethod
     def _whole(self, name: str) -> torch.Tensor:
@@ -114,11 +115,11 @@ class ShardedEngine(Engine):
         dist.barrier()
 
     def state(self) -> State:
-        """The ranges of weights and moments that this rank holds."""
+        """The ranges of weights and moments that this rank holds; what takes no gradients is in the model's files."""
         step = self._steps_done()
         tensors = {STEP: torch.tensor(step)}
-        for name, parameter in self.model.named_parameters():
-            for key in (WEIGHT, *(MOMENTS if step and parameter.requires_grad else ())):
+        for name in self.trained:
+            for key in (WEIGHT, *(MOMENTS if step else ())):
                 start, values = self._held(name, key)
                 if values.numel():
                     tensors[range_key(name, key, start, values)] = values.detach().cpu().contiguous()
@@ -130,15 +131,15 @@ class ShardedEngine(Engine):
         Raises:
             StudentError: the tensors are not those of this model, or another engine wrote them.
         """
-        ranges = Ranges(state, self.shapes)
+        ranges = Ranges(state, self.trained)
         if ranges.step:
             self._prepare_moments(ranges.step)
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                for key in (WEIGHT, *(MOMENTS if ranges.step and parameter.requires_grad else ())):
+            for name in self.trained:
+                for key in (WEIGHT, *(MOMENTS if ranges.step else ())):
                     start, values = self._held(name, key)
-                    values.copy_(ranges.read(name, key, start, start + values.numel()))
-            self._after_load(ranges)
+                    if values.numel():
+                        self._hold(name, key, ranges.read(name, key, start, start + values.numel()))
 
     def export(self, folder: Path) -> None:
         """Write a complete Hugging Face model in float32: rank 0 holds one parameter at a time."""
@@ -154,3 +155,12 @@ class ShardedEngine(Engine):
             self.streamed.write(folder, tensor_of, kinds, self.rank)
         if self.rank == 0:
             self.tokenizer.save_pretrained(folder)
+
+
+def layers_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's layers, of text and of other media, none inside another."""
+    for child in model.children():
+        if isinstance(child, GradientCheckpointingLayer):
+            yield child
+        else:
+            yield from layers_of(child)
