@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import traceback
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before deepspeed looks for a GPU
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rayfuse.batch import FusionBatch
 from rayfuse.config import Stage, Student
+from rayfuse.models import loading
 from rayfuse.student.checkpoint import latest_checkpoint, save_checkpoint
 from rayfuse.student.engines import ENGINES
 from rayfuse.student.gradients import accumulate
@@ -50,7 +54,6 @@ class Case:
     save_at: int = 0
     resume: str = ""
     untrained: str = ""
-    probe: tuple[str, ...] = field(default=("norm_of_gradients",))
 
 
 def run(cases: list[Case], folder: Path, world: int) -> dict[str, dict[str, Any]]:
@@ -65,20 +68,35 @@ def _work(rank: int, world: int, cases: list[Case], folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     store = dist.FileStore(str(folder / f"meet-{world}"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    warnings.simplefilter("ignore")
     for case in cases:
         (folder / case.name).mkdir(exist_ok=True)
+        begun = time.perf_counter()
         try:
             measured = _train(case, folder, rank, world)
         except Exception:
             traceback.print_exc()
             raise
         if rank == 0:
+            measured["seconds"] = time.perf_counter() - begun
             (folder / case.name / "measured.json").write_text(json.dumps(measured))
     dist.destroy_process_group()
 
 
 def _engine(case: Case) -> Any:
     torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        if case.untrained:
+            patch.setattr(loading, "_freeze_other_parts", lambda model: _freeze(model, case.untrained))
+        return _make(case)
+
+
+def _freeze(model: Any, prefix: str) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(prefix))
+
+
+def _make(case: Case) -> Any:
     return ENGINES[case.student.engine](case.student, case.student.model, case.stage, torch.device("cpu"))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,9 @@ class DeepSpeedEngine(ShardedEngine):
     def _flat_masters(self) -> list[torch.Tensor]:
         """This rank's float32 weights, one tensor for each group of parameters."""
         names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-        flats: list[torch.Tensor] = next(value for name in names if (value := getattr(self.engine.optimizer, name, None)))
+        flats: list[torch.Tensor] = next(
+            value for name in names if (value := getattr(self.engine.optimizer, name, None))
+        )
         return flats
 
     def load_state(self, state: State) -> None:
@@ -221,6 +224,8 @@ def _import_deepspeed(student: Student) -> Any:
         import deepspeed
     except ImportError as error:
         raise StudentError(f"student.engine is deepspeed: {INSTALL}") from error
+    # DeepSpeed calls what torch has renamed, and torch says so at every call.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if not student.gpus:  # its sums through shared memory would be compiled on the first use; gloo's need no compiler
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
