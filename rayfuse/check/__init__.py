@@ -12,7 +12,14 @@ from rich.console import Console
 
 from rayfuse.check.data import check_data, check_evaluation, check_prefer, check_preferences
 from rayfuse.check.finding import Finding
-from rayfuse.check.machine import check_environments, check_machine, check_output, check_serving, check_store
+from rayfuse.check.machine import (
+    check_engine,
+    check_environments,
+    check_machine,
+    check_output,
+    check_serving,
+    check_store,
+)
 from rayfuse.check.models import check_models
 from rayfuse.check.templates import check_templates
 from rayfuse.config import Config
@@ -62,6 +69,7 @@ CHECKS: dict[str, Callable[[Config], Iterator[Finding]]] = {
     "prefer": check_prefer,
     "evaluate": check_evaluation,
     "machine": check_machine,
+    "engine": check_engine,
     "environments": check_environments,
     "serving": check_serving,
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     pass
 from rayfuse.check.finding import Finding
 from rayfuse.plan.disk import disk_need
+
+PACKAGES = {"deepspeed": "deepspeed", "flash_attention_2": "flash_attn"}
+"""What an engine or an attention of the student needs installed: its name -> the module."""
 
 
 def check_output(config: Config) -> Iterator[Finding]:
@@ -78,6 +83,35 @@ def check_machine(config: Config) -> Iterator[Finding]:
         missing = {"student.gpus, teachers.N.gpus": sum(wanted.values())}
     for where, gpus in missing.items():
         yield Finding(where, f"{gpus:g} GPUs are asked for, but this machine has {there}; lower it, or use a cluster")
+
+
+def check_engine(config: Config) -> Iterator[Finding]:
+    """What the student's engine and attention need is installed, and the engine can read the run's checkpoints."""
+    student = config.student
+    asked = {"student.engine": student.engine, "student.attention": student.attention}
+    for where, name in asked.items():
+        module = PACKAGES.get(name or "")
+        if module is not None and find_spec(module) is None:
+            other = "fsdp2 or ddp" if where == "student.engine" else "sdpa"
+            yield Finding(where, f"{name} needs the Python package {module}, which is not installed; or use {other}")
+    if student.attention == "flash_attention_2" and (not student.gpus or student.dtype == "float32"):
+        yield Finding("student.attention", "flash_attention_2 computes in bfloat16 on a GPU; set both, or use sdpa")
+    folder = Path(config.output)
+    before = _engine_before(folder)
+    if before not in (None, student.engine) and any(folder.glob("stages/**/checkpoints/step_*")):
+        yield Finding(
+            "student.engine",
+            f"{folder} holds checkpoints of the engine {before}, which {student.engine} cannot read: use engine: "
+            f"{before}, or another `output`",
+        )
+
+
+def _engine_before(folder: Path) -> str | None:
+    """The engine of the run in a folder; None where there is none that can be read."""
+    try:
+        return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["student"]["engine"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # opening the folder says what is wrong with it
 
 
 def check_environments(config: Config) -> Iterator[Finding]:

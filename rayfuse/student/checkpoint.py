@@ -162,7 +162,7 @@ def latest_checkpoint(stage_folder: Path, identity: str) -> Checkpoint | None:
             continue
         if manifest["identity"] != identity:
             raise CheckpointError(
-                f"{folder} belongs to another run: data, models, stage or number of workers changed since. "
+                f"{folder} belongs to another run: data, models, engine or stage changed since. "
                 "Use another `output`, or undo the change"
             )
         return Checkpoint(step, folder)
@@ -170,7 +170,9 @@ def latest_checkpoint(stage_folder: Path, identity: str) -> Checkpoint | None:
 
 
 def restore_random_state(checkpoint: Checkpoint, rank: int) -> None:
-    """Set this worker's random state to that of the checkpoint."""
+    """Set this worker's random state to that of the checkpoint; a rank that it does not have keeps its own."""
+    if not (checkpoint.folder / f"{RANDOM}{rank}.safetensors").exists():
+        return
     tensors = checkpoint.load(f"{RANDOM}{rank}")
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():

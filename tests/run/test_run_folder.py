@@ -59,6 +59,7 @@ def begun(tmp_path):
         ("serving__max_dropped", 0.5),
         ("serving__http", True),
         ("cluster__address", "local"),
+        ("student__workers", 2),
         ("evaluate", "eval.jsonl"),
         ("prefer", {"write": "responses", "output": "made.jsonl"}),
     ],
@@ -78,7 +79,6 @@ def test_what_does_not_change_the_result_may_change(begun, key, value):
     [
         ("seed", 3, "seed was 0 and is 3"),
         ("serving__on_missing", "wait", 'serving.on_missing was "fail" and is "wait"'),
-        ("student__workers", 2, "student.workers was 1 and is 2"),
         ("student__dtype", "bfloat16", 'student.dtype was "float32" and is "bfloat16"'),
         ("student__router_loss", 0.0, "student.router_loss was null and is 0.0"),
         ("data__path", "other.jsonl", 'data.path was "train.jsonl" and is "other.jsonl"'),
@@ -92,6 +92,11 @@ def test_what_changes_the_result_is_refused_by_its_key(begun, key, value, said):
         open_run_folder(_config(begun, **{key: value}), resume=True)
     assert f"({said})" in str(error.value)
     assert (begun / "config.json").read_bytes() == before
+
+
+def test_another_engine_is_refused_and_another_number_of_workers_is_not(begun):
+    with pytest.raises(CheckpointError, match=r'\(student.engine was "ddp" and is "fsdp2"\)'):
+        open_run_folder(_config(begun, student__engine="fsdp2", student__workers=2), resume=True)
 
 
 def test_a_stage_that_came_is_refused(begun):

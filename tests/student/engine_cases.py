@@ -12,6 +12,7 @@ import time
 import traceback
 import warnings
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -59,7 +60,9 @@ class Case:
 def run(cases: list[Case], folder: Path, world: int) -> dict[str, dict[str, Any]]:
     """Run the cases in a group of `world` workers; what each measured, by the case's name."""
     folder.mkdir(parents=True, exist_ok=True)
-    mp.spawn(_work, (world, cases, folder), nprocs=world)
+    # Forked from one process that has only imported: imports take longer than all cases.
+    get_context("forkserver").set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "deepspeed"])
+    mp.start_processes(_work, (world, cases, folder), nprocs=world, start_method="forkserver")
     return {case.name: json.loads((folder / case.name / "measured.json").read_text()) for case in cases}
 
 
