@@ -570,3 +570,36 @@ def test_an_evaluation_item_that_a_model_cannot_read(world):
     faults, _ = findings(world(), *overrides)
     only(faults, r"evaluate\.path", r"a model cannot read an item: sample .*: the response is longer than .* broken-m")
     assert findings(world(), *overrides, "evaluate.teachers=false")[0] == []
+
+
+# --- the student's engine ------------------------------
+
+
+def test_an_engine_that_is_not_installed(world, monkeypatch):
+    monkeypatch.setattr("rayfuse.check.machine.find_spec", lambda module: None)
+    faults, _ = findings(world(), "student.engine=deepspeed", "student.workers=2")
+    only(faults, "student.engine", "deepspeed needs the Python package deepspeed, which is not installed; or use fsdp2")
+
+
+def test_an_attention_that_is_not_installed_and_does_not_fit(world, monkeypatch):
+    monkeypatch.setattr("rayfuse.check.machine.find_spec", lambda module: None)
+    faults, _ = findings(world(), "student.attention=flash_attention_2")
+    texts = [fault.text for fault in faults if fault.where == "student.attention"]
+    assert texts == [
+        "flash_attention_2 needs the Python package flash_attn, which is not installed; or use sdpa",
+        "flash_attention_2 computes in bfloat16 on a GPU; set both, or use sdpa",
+    ]
+
+
+def test_a_zero_stage_with_one_worker(world):
+    with pytest.raises(ConfigError, match="deepspeed shares the model out over its workers, and there is 1"):
+        findings(world(), "student.engine=deepspeed", "student.zero_stage=3")
+
+
+def test_checkpoints_of_another_engine(world):
+    run = world.folder / "run"
+    (run / "stages/01-infifusion/checkpoints/step_2").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"student": {"engine": "ddp"}}))
+    faults, _ = findings(world(), "student.engine=fsdp2", "student.workers=2")
+    only(faults, "student.engine", "holds checkpoints of the engine ddp, which fsdp2 cannot read: use engine: ddp, or")
+    assert findings(world())[0] == []

@@ -37,7 +37,10 @@ class DeepSpeedEngine(ShardedEngine):
         super().__init__(student, path, stage, device)
         self.zero = student.zero_stage or 3
         self.dtype = getattr(torch, student.dtype)
-        settings = _settings(student, stage, self.zero)
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(self.model)]
+        settings = _settings(
+            student, stage, self.zero, max(layers, default=sum(p.numel() for p in self.model.parameters()))
+        )
         deepspeed.init_distributed(dist_backend=self.backend(student), auto_mpi_discovery=False, verbose=False)
         kept = {} if self.streamed.streams else {n: p.detach().clone() for n, p in self.model.named_parameters()}
         for unit in (*layers_of(self.model), self.model):
@@ -190,10 +193,17 @@ class DeepSpeedEngine(ShardedEngine):
         return self.streamed.tensor(name)  # as it was read, and not as it is rounded
 
 
-def _settings(student: Student, stage: Stage, zero: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
+def _settings(student: Student, stage: Stage, zero: int, layer: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration for a model whose largest layer has `layer` parameters.
+
+    Its defaults are numbers of elements for models of any size, below which nothing is let go, and a bucket takes 2 GB.
+    """
     host = {"device": "cpu", "pin_memory": bool(student.gpus)}
     sharding: dict[str, Any] = {"stage": zero, "contiguous_gradients": True, "overlap_comm": bool(student.gpus)}
+    sharding |= {"reduce_bucket_size": layer, "allgather_bucket_size": layer}
+    if zero == 3:  # the layer in work, and the next one on its way
+        sharding |= {"stage3_max_live_parameters": 2 * layer, "stage3_prefetch_bucket_size": layer}
+        sharding |= {"stage3_max_reuse_distance": layer, "stage3_param_persistence_threshold": min(10**5, layer // 100)}
     if student.offload != "none":
         sharding["offload_optimizer"] = host
     if student.offload == "all":
