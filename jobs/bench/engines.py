@@ -1,6 +1,6 @@
 """Peak memory of a student rank under every engine, beside DDP's, and against a formula.
 
-    python jobs/bench/engines.py [--hidden 768] [--layers 12] [--vocab 32768] [--workers 2] [--quick]
+    python jobs/bench/engines.py [--hidden 768] [--layers 12] [--vocab 32768] [--workers 2] [--engines ddp fsdp2] [--quick]
 
 Each engine loads the model, does two optimiser steps of two micro-batches, writes a checkpoint's part and exports the
 model, on `--workers` processes (gloo, float32), one engine after the other. What counts is the resident memory that is
@@ -31,6 +31,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**18))  # what is freed goes back to the system, and is not counted
 
 import numpy as np
 import torch
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocab", type=int, default=32_768)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--engines", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--quick", action="store_true", help="a small model, to see that it runs")
     args = parser.parse_args()
     if args.quick:
@@ -182,7 +184,7 @@ def main() -> None:
             f"{sizes['layer'] / 1e6:.1f}M; {args.workers} ranks, float32"
         )
         whole = None
-        for form in FORMS:
+        for form in args.engines:
             parameters = (args.workers, form, model, args.vocab, out)
             mp.start_processes(work, parameters, nprocs=args.workers, start_method="forkserver")
             ranks = [json.loads((out / f"{form}-{rank}.json").read_text()) for rank in range(args.workers)]
