@@ -1,6 +1,6 @@
 """Peak memory of a student rank under every engine, beside DDP's, and against a formula.
 
-    python jobs/bench/engines.py [--hidden 768] [--layers 12] [--vocab 32768] [--workers 2] [--engines ddp fsdp2] [--quick]
+    python jobs/bench/engines.py [--hidden 512] [--layers 24] [--vocab 16384] [--workers 2] [--engines ddp fsdp2] [--quick]
 
 Each engine loads the model, does two optimiser steps of two micro-batches, writes a checkpoint's part and exports the
 model, on `--workers` processes (gloo, float32), one engine after the other. What counts is the resident memory that is
@@ -165,9 +165,9 @@ def work(rank: int, workers: int, form: str, model: str, vocab: int, out: Path) 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--vocab", type=int, default=32_768)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--vocab", type=int, default=16_384)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--engines", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--quick", action="store_true", help="a small model, to see that it runs")

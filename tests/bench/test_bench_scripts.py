@@ -22,6 +22,7 @@ SCRIPTS = {
     ),
     "step": ([], [r"^sft .* 1\.000 x SFT", r"^infifusion .* x SFT", r"^infigfusion .* x SFT"]),
     "scale": ([], [r"^# The Phi-4 run on paper", r"^\| 8 \| cold \|", r"^\| K \| 1000 \|"]),
+    "engines": ([], [r"^ddp +peak of a rank .* 1\.00 x DDP", r"^fsdp2 +peak of a rank .* x DDP", r"^zero3 .* formula"]),
     "stream": (
         [],
         [r"^padding, chat", r"^3 teachers  raw actors .* 1\.00 x", r"^3 teachers .* cold store", r"^2 replicas"],

@@ -442,13 +442,16 @@ def test_a_pipeline_killed_in_its_third_stage_and_resumed_ends_with_the_same_bit
 
 
 @pytest.mark.slow
-def test_two_workers_reach_what_one_reaches(tiny, tmp_path):
-    """DDP over two workers: the same global batches, so the same weights up to the order of additions."""
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "deepspeed"])
+def test_two_workers_reach_what_one_reaches(tiny, tmp_path, engine):
+    """Two workers have the same global batches, so they reach the same weights up to the order of additions."""
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install 'rayfuse[dev]'")
     stage = {"method": "infifusion", "steps": 6, "batch_size": 32, "learning_rate": 1e-3}
     weights = []
     for workers in (1, 2):
         tree = tiny.tree(tmp_path / str(workers), stages=[stage])
-        tree["student"]["workers"] = workers
+        tree["student"] |= {"workers": workers, "engine": engine if workers > 1 else "ddp"}
         config = tmp_path / f"{workers}.yaml"
         config.write_text(yaml.safe_dump(tree))
         process = _start(config)
