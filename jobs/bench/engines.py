@@ -7,14 +7,14 @@ model, on `--workers` processes (gloo, float32), one engine after the other. Wha
 the process's own (RssAnon; weights that are read from a mapped file are not counted) beyond what it had before the
 engine, at its highest, of the rank that used most.
 
-With P parameters of 4 bytes, n ranks, U parameters of the largest unit and A bytes of activations, a step needs
+With P parameters of 4 bytes, n ranks and U parameters of the largest units, a step needs, without activations,
 
-    DDP      16 P + A                         weights, gradients, two moments
-    ZeRO-1   4 (2 + 2 / n) P + 4 P / n + A    moments and masters shared out, weights and gradients whole
-    FSDP2    16 P / n + 8 U + A               all shared out; a unit's weights and gradients whole, and the root's
-    ZeRO-3   16 P / n + 8 U + A
+    DDP      20 P                  weights, gradients, DDP's buckets of them, two moments
+    ZeRO-1   8 P + 16 P / n        weights and gradients whole; masters, their gradients and moments shared out
+    FSDP2    16 P / n + 16 U       all shared out; of a unit weights, gradients, and what gathers and scatters them
+    ZeRO-3   20 P / n + 16 U       the same, with masters beside the weights also in float32
 
-where U counts the root (embedding and output layer) and the largest layer, for both are gathered at a time.
+where U counts the output layer and a decoder layer, for both are gathered at a time.
 """
 
 from __future__ import annotations
@@ -110,10 +110,10 @@ def formula(form: str, sizes: dict[str, int], workers: int) -> float:
     """Bytes that a rank needs, without activations."""
     whole, units = sizes["all"], sizes["root"] + sizes["layer"]
     if form == "ddp":
-        return 20 * whole  # weights, gradients, DDP's buckets of them, two moments
+        return 20 * whole
     if form == "zero1":
-        return 8 * whole + 12 * whole / workers
-    return 16 * whole / workers + 16 * units
+        return 8 * whole + 16 * whole / workers
+    return (20 if form == "zero3" else 16) * whole / workers + 16 * units
 
 
 def batch_of(vocab: int, seed: int) -> FusionBatch:

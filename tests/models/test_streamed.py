@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from rayfuse.config import Student
 from rayfuse.models import streamed
-from rayfuse.models.loading import load_causal_lm, load_tokenizer
+from rayfuse.models.loading import empty_causal_lm, load_causal_lm, load_tokenizer
 from rayfuse.models.shards import Kind
 from rayfuse.models.streamed import StreamedModel
 
@@ -101,3 +101,10 @@ def test_experts_that_transformers_stacks_are_loaded_and_written_whole(student, 
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("load", [lambda asked: load_causal_lm(asked, dtype="float32"), empty_causal_lm])
+def test_the_attention_is_the_one_that_was_asked_for(student, load):
+    for name in ("sdpa", "flex_attention"):
+        model = load(student.model_copy(update={"attention": name}))
+        assert model.config._attn_implementation == name

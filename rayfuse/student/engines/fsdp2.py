@@ -52,7 +52,6 @@ class FSDP2Engine(ShardedEngine):
             shard(embedding, mp_policy=root)
         self.streamed.fill(self.model, device)
         shard(self.module, mp_policy=root, reshard_after_forward=False)
-        self.model.to(device)  # buffers
         self.module(None, None, False)  # checks the architecture
         self.module.reshard()  # type: ignore[operator]
         self.named: dict[str, Any] = dict(self.model.named_parameters())

@@ -79,10 +79,6 @@ class Ranges:
             odd = sorted(weights ^ set(names))
             raise StudentError(f"the checkpoint is of another model: {len(odd)} tensors differ, for example {odd[:3]}")
 
-    def has(self, name: str, key: str) -> bool:
-        """Whether the checkpoint has this tensor (a frozen parameter has no moments)."""
-        return f"{name}/{key}" in self.found
-
     def read(self, name: str, key: str, start: int, end: int) -> torch.Tensor:
         """Elements `start` to `end` of a tensor, flat, on the CPU.
 
