@@ -10,6 +10,7 @@ import json
 import os
 import time
 import traceback
+import uuid
 import warnings
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -62,14 +63,15 @@ def run(cases: list[Case], folder: Path, world: int) -> dict[str, dict[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     # Forked from one process that has only imported: imports take longer than all cases.
     get_context("forkserver").set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama", "deepspeed"])
-    mp.start_processes(_work, (world, cases, folder), nprocs=world, start_method="forkserver")
+    meeting = folder / f"meeting-{uuid.uuid4().hex}"  # a file that an earlier group met at would hold its answers
+    mp.start_processes(_work, (world, cases, folder, meeting), nprocs=world, start_method="forkserver")
     return {case.name: json.loads((folder / case.name / "measured.json").read_text()) for case in cases}
 
 
-def _work(rank: int, world: int, cases: list[Case], folder: Path) -> None:
+def _work(rank: int, world: int, cases: list[Case], folder: Path, meeting: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    store = dist.FileStore(str(folder / f"meet-{world}"), world)
+    store = dist.FileStore(str(meeting), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     warnings.simplefilter("ignore")
     for case in cases:
