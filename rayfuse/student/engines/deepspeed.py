@@ -11,6 +11,7 @@ forward and backward, and a tied one is not let go by the embedding in between.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import warnings
 from typing import Any
@@ -120,7 +121,7 @@ class DeepSpeedEngine(ShardedEngine):
         zero = self.engine.optimizer
         zero.zero_grad()
         if self.zero != 3:
-            zero.micro_step_id = -1
+            zero.micro_step_id = -1  # the next backward overwrites
             zero.averaged_gradients = {}
 
     def _held(self, name: str, key: str) -> tuple[int, torch.Tensor]:
@@ -234,6 +235,7 @@ def _import_deepspeed(student: Student) -> Any:
         import deepspeed
     except ImportError as error:
         raise StudentError(f"student.engine is deepspeed: {INSTALL}") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls what torch has renamed, and torch says so at every call.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if not student.gpus:  # its sums through shared memory would be compiled on the first use; gloo's need no compiler
