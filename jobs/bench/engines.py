@@ -1,6 +1,6 @@
 """Peak memory of a student rank under every engine, beside DDP's, and against a formula.
 
-    python jobs/bench/engines.py [--hidden 512] [--layers 24] [--vocab 16384] [--workers 2] [--engines ddp fsdp2] [--quick]
+    python jobs/bench/engines.py [--hidden 512] [--layers 24] [--vocab 16384] [--workers 2] [--engines ddp] [--quick]
 
 Each engine loads the model, does two optimiser steps of two micro-batches, writes a checkpoint's part and exports the
 model, on `--workers` processes (gloo, float32), one engine after the other. What counts is the resident memory that is

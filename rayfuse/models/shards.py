@@ -115,7 +115,7 @@ class Shards:
 
 
 def in_order(kinds: dict[str, Kind]) -> list[str]:
-    """The names of a file's tensors in the order that they are written in: wide numbers first, so that all are aligned."""
+    """Names of a file's tensors in the order in which they are written: wide numbers first, so that all are aligned."""
     return sorted(kinds, key=lambda name: (-kinds[name].bits, name))
 
 

@@ -18,8 +18,8 @@ from rayfuse.student.result import identity_of_model
 from rayfuse.teachers.identity import IdentifiedTeacher, identify
 
 NOT_OF_THE_STAGE = {"prefetch", "max_failures", "cpus", "save_dtype", "workers", "zero_stage", "offload"}
-"""Keys of the student that change no stage's result, or only the order of sums in it; which model it is, its fingerprint
-tells better than its path."""
+"""Keys of the student that change no stage's result, or only the order of sums in it; which model it is, its
+fingerprint tells better than its path."""
 
 
 def stage_job(

@@ -1,4 +1,4 @@
-"""Models read a part at a time and written a tensor at a time, against those that transformers reads and writes whole."""
+"""Models read a part at a time and written a tensor at a time, against those that transformers reads and writes."""
 
 import json
 

@@ -1,6 +1,6 @@
 """The engine of DeepSpeed: ZeRO 1, 2 or 3, with the optimiser and the weights in the host's memory where asked for.
 
-ZeRO shares out, over the ranks, AdamW's moments and the float32 weights (1), the gradients too (2), and also the weights
+ZeRO shares out, over the ranks, AdamW's moments and the float32 weights (1), the gradients too (2), and the weights
 that the forward computes with (3). In bfloat16 the float32 weights are masters beside those of the forward.
 
 ZeRO-3 gathers a module's parameters around its forward. The fused head reads the output layer's weight without calling
@@ -82,7 +82,7 @@ class DeepSpeedEngine(ShardedEngine):
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
 
     def accumulate(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and backward of a micro-batch: the step's last one is where DeepSpeed finishes the gradients."""
+        """Around forward and backward of a micro-batch: DeepSpeed finishes the gradients in the step's last one."""
         self.engine.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
 

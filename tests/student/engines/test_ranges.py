@@ -1,5 +1,7 @@
 """A sharded checkpoint's flat ranges: cut in any way, read in any other; and what is refused."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +14,7 @@ from rayfuse.student.engines.ranges import STEP, WEIGHT, Ranges, part_name, rang
 def _parts(values, cuts):
     edges = [0, *sorted(cuts), len(values)]
     parts = {}
-    for rank, (start, end) in enumerate(zip(edges, edges[1:], strict=False)):
+    for rank, (start, end) in enumerate(itertools.pairwise(edges)):
         entry = {range_key("w", WEIGHT, start, values[start:end]): values[start:end]} if end > start else {}
         parts[part_name(rank)] = {STEP: torch.tensor(3), **entry}
     return parts
