@@ -28,6 +28,7 @@ class TeacherTarget:
         overlap: share of the teacher's tokens that the student has too; known where `unmatched` is.
         answered: [B] bool or None: samples that this teacher has signals for; None: all. Where it has none, it has no
             rows, and the other fields hold nothing that may be read.
+        sample_weights: [B] float32 or None: how much the teacher counts in each sample, besides `weight`; None: fully.
     """
 
     teacher: str
@@ -42,6 +43,7 @@ class TeacherTarget:
     unmatched: np.ndarray | None = None
     overlap: float = 0.0
     answered: np.ndarray | None = None
+    sample_weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class FusionBatch:
         picks: int64 [N, M] or None: tokens of the student whose logits the loss needs besides the top-K.
         mass: float32 [N, M] or None: the teachers' probabilities on `picks`, each row summing to 1; column 0 of the
             picks is then the label.
+        sample_weights: [B] float32 or None: how much each sample counts; None: all alike.
         stats: what it took: teacher name -> samples forwarded and found in the store, cut prompts.
     """
 
@@ -69,6 +72,7 @@ class FusionBatch:
     targets: tuple[TeacherTarget, ...] = ()
     picks: np.ndarray | None = None
     mass: np.ndarray | None = None
+    sample_weights: np.ndarray | None = None
     stats: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -86,16 +90,48 @@ class FusionBatch:
         """f_b [B]: by how much the remaining teachers count more in each sample, so that their weights add up to those
         of all teachers; None where every teacher answered every sample.
 
-            f_b = SUM_s w_s / SUM_{s answered b} w_s
+            f_b = SUM_s w_sb / SUM_{s answered b} w_sb        w_sb = w_s times the teacher's weight in the sample
+
+        It is 0 where no teacher with a weight answered: nobody speaks for the others there.
         """
         answered = [target.answered for target in self.targets]
         if all(answered_B is None or answered_B.all() for answered_B in answered):
             return None
-        weights_S = np.array([target.weight for target in self.targets])
-        everywhere_B = np.ones(len(self.input_ids), dtype=bool)
+        everywhere_B = np.ones(len(self.input_ids))
+        weights_SB = np.stack(
+            [
+                target.weight * (everywhere_B if target.sample_weights is None else target.sample_weights)
+                for target in self.targets
+            ]
+        )
         answered_SB = np.stack([everywhere_B if answered_B is None else answered_B for answered_B in answered])
-        share_B: np.ndarray = weights_S.sum() / (weights_S @ answered_SB)
+        remaining_B = (weights_SB * answered_SB).sum(0)
+        share_B: np.ndarray = weights_SB.sum(0) / np.where(remaining_B > 0, remaining_B, np.inf)
         return share_B
+
+    def factors(self, s: int) -> np.ndarray | None:
+        """How much teacher s's distance counts in each sample [B] float32, besides its `weight`: its weight there times
+        the sample's times `shares`, 0 where it did not answer. None where it counts fully in all samples."""
+        target = self.targets[s]
+        given = [one for one in (self.shares, target.sample_weights, self.sample_weights) if one is not None]
+        if not given:
+            return None
+        product_B: np.ndarray = np.prod(np.stack(given, dtype=np.float64), axis=0)
+        return (product_B * (True if target.answered is None else target.answered)).astype(np.float32)
+
+    @property
+    def row_weights(self) -> np.ndarray | None:
+        """How much each predicted position counts [N] float32: as its sample does; None: all alike."""
+        return None if self.sample_weights is None else self.sample_weights[self.sample]
+
+    def known(self) -> np.ndarray | None:
+        """How surely some teacher knows what is right [B] float32: min(1, the sum of their weights in each sample).
+
+        What a mixture of the teachers takes of a target; the rest is the written text's. None where no teacher has
+        weights by sample.
+        """
+        weights = [target.sample_weights for target in self.targets if target.sample_weights is not None]
+        return np.minimum(np.sum(weights, axis=0, dtype=np.float32), np.float32(1)) if weights else None
 
 
 @dataclass(frozen=True)

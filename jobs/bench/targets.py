@@ -71,10 +71,11 @@ def make_unit(teacher: PreTrainedTokenizerBase, samples: int) -> tuple[ScoredUni
     model = Teacher(model="teacher", name="teacher")
     spec = PrepareSpec(Model(model="student"), (IdentifiedTeacher(model, ""),), "", K, "bytes", 1 << 20, stage=ByteKD())
     signals = [[answer(teacher, text, candidates, seed) for seed, text in enumerate(texts)]]
-    unit = ScoredUnit(spec, vocabularies, [Sample((), text) for text in texts], rendered, signals)
+    read = [Sample((), text) for text in texts]
+    unit = ScoredUnit(spec, vocabularies, read, rendered, signals)
     labels = np.concatenate([item.response_ids for item in rendered])
     none = np.zeros(0, dtype=np.int64)
-    return unit, FusionBatch(none, none, none, labels, none, bare_targets(spec))
+    return unit, FusionBatch(none, none, none, labels, none, bare_targets(spec, read))
 
 
 def microseconds(kind: str, unit: ScoredUnit, batch: FusionBatch) -> float:

@@ -32,7 +32,7 @@ from rayfuse.evaluation.judges import JudgeActor
 from rayfuse.files import write_whole
 from rayfuse.prepare.units import form_units
 from rayfuse.teachers.answers import AnswerStore, Author, Sampling
-from rayfuse.teachers.identity import IdentifiedTeacher, identify
+from rayfuse.teachers.identity import identify
 from rayfuse.teachers.serving import applications
 
 FOLDER = "consensus"
@@ -80,7 +80,7 @@ def make_consensus(config: Config, settings: Consensus, console: Console) -> Out
             most_clusters=settings.clusters,
             silent=silent,
         )
-    write(Path(config.output) / FOLDER, outcome, settings.keep, counts, [a.model for a in authors])
+    write(Path(config.output) / FOLDER, outcome, settings.keep, counts, [teacher.name for teacher in config.teachers])
     for line in summary_lines(outcome, settings.keep):
         console.print(line, highlight=False)
     return outcome
@@ -133,21 +133,20 @@ def _tests(settings: Consensus) -> Callable[..., list[float]]:
 # --- what is written and shown ------------------------------
 
 
-def write(folder: Path, outcome: Outcome, keep: float, counts: DataCounts, models: Sequence[IdentifiedTeacher]) -> None:
-    """Write everything; `choices.jsonl` comes last, so that where it is the others are too.
+def write(folder: Path, outcome: Outcome, keep: float, counts: DataCounts, teachers: Sequence[str]) -> None:
+    """Write everything; `choices.jsonl` comes last, so that where it is the others are too. `teachers`: their names.
 
     Raises:
         DataError: no prompt has an answer to learn from.
     """
-    rows = responses(outcome, keep)
+    rows = responses(outcome, keep, teachers)
     if not rows:
         reasons = (
             "; ".join(finding.text for finding in outcome.findings) or f"none is right with {keep} (consensus.keep)"
         )
         raise DataError(f"of {len(outcome.decisions)} prompts none has an answer to learn from: {reasons}")
     folder.mkdir(parents=True, exist_ok=True)
-    names = [model.name for model in models if model.name != PIVOT]
-    weights = teacher_weights(outcome, names)
+    weights = teacher_weights(outcome, teachers)
     _write_lines(folder / "candidates.jsonl", (_about(one, weights) for one in outcome.decisions))
     _write_lines(folder / "pairs.jsonl", pairs(outcome, keep))
     doubtful = doubtful_labels(outcome)
@@ -229,6 +228,7 @@ def _about(decision: Decision, weights: dict[str, dict[str, float]]) -> dict[str
             "certainty": answer.certainty,
             "group": decision.groups[index],
             "right": round(decision.right(index), 6),
+            "weight": round(decision.weight(index), 6),
             **({"fault": answer.fault} if answer.fault else {}),
         }
         for index, answer in enumerate(one.answers)

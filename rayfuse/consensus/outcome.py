@@ -102,6 +102,10 @@ class Decision:
         ]
         return answers[min(others)[3]] if others else None
 
+    def weight(self, answer: int) -> float:
+        """How much answer number `answer` counts as a sample: p(right); 1 where the outcome falls back."""
+        return 1.0 if self.fallback else self.right(answer)
+
     def weights(self, sources: Sequence[str]) -> dict[str, float]:
         """p(the source's own answer to this prompt is right), of each of `sources`; 0 of one that says nothing.
 

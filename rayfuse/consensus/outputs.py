@@ -12,17 +12,27 @@ from typing import Any
 from rayfuse.consensus.candidates import LABEL, Answer
 from rayfuse.consensus.outcome import KEEP, Decision, Outcome
 from rayfuse.data.prompts import Prompt
+from rayfuse.data.weights import SAMPLE, TEACHERS
 
 Row = dict[str, Any]
 
 
-def responses(outcome: Outcome, keep: float = KEEP) -> list[Row]:
-    """`prompt` and `response` of every prompt with an answer that is right with at least `keep`.
+def responses(outcome: Outcome, keep: float = KEEP, teachers: Sequence[str] = ()) -> list[Row]:
+    """`prompt` and `response` of every prompt with an answer that is right with at least `keep`, and their weights.
 
     Raises nothing where no prompt has one: the list is then empty.
+
+    Args:
+        outcome: of `decide`.
+        keep: least p(right) of an answer to learn from.
+        teachers: whose weights the rows carry.
     """
     return [
         _row(decision, {"response": answer})
+        | {
+            SAMPLE: round(decision.weight(decision.candidates.answers.index(answer)), 6),
+            TEACHERS: {name: round(weight, 6) for name, weight in decision.weights(teachers).items()},
+        }
         for decision in outcome.decisions
         if (answer := decision.chosen(keep)) is not None
     ]

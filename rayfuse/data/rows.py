@@ -19,6 +19,7 @@ from rayfuse.data.forms import conversation_of_row, open_row
 from rayfuse.data.pairs import compared
 from rayfuse.data.sample import PAIR, Compared, DataCounts, Parsed, Sample, add_counts
 from rayfuse.data.thoughts import Thoughts, treated
+from rayfuse.data.weights import weights_of
 from rayfuse.errors import DataError
 
 
@@ -193,11 +194,14 @@ def parse_samples(row: Any, columns: Mapping[str, str]) -> Parse[Sample]:
     Raises:
         DataError: the row has no form or several; something in it is missing, empty, unknown or not of its kind.
     """
-    conversation = conversation_of_row(open_row(row, columns))
+    opened = open_row(row, columns)
+    weights = weights_of(opened)
+    conversation = conversation_of_row(opened)
     if not conversation.answers:
         raise DataError(f"{conversation.form.rpartition(' ')[2]} has no assistant turn to learn from")
+    samples = conversation.samples()
     return Parse(
-        conversation.samples(),
+        samples if weights is None else [sample.weighted(weights) for sample in samples],
         conversation.form,
         conversation.unread,
         conversation.calling_turns,

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -59,6 +59,23 @@ def canonical(value: Any) -> str:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """What the consensus says of a prompt and a response to it.
+
+    Attributes:
+        sample: p(the response is right), from 0 to 1; None where the row does not say.
+        teachers: (name, p(that teacher is right on the prompt)) in the order of the names; None likewise.
+    """
+
+    sample: float | None = None
+    teachers: tuple[tuple[str, float], ...] | None = None
+
+    def teacher(self, name: str) -> float | None:
+        """A teacher's weight; None where the row does not say."""
+        return next((weight for teacher, weight in self.teachers or () if teacher == name), None)
+
+
+@dataclass(frozen=True)
 class Sample:
     """One assistant turn.
 
@@ -68,6 +85,7 @@ class Sample:
         skill: an optional label that evaluation groups by.
         tools: the tools that the conversation offers, as canonical JSON of a list; empty where there are none.
         thought: what the model has thought before the response, with its marks: read, and not learned (data.thoughts).
+        weights: how much it counts, and each teacher on it; None where the data do not say.
     """
 
     messages: Turns
@@ -75,6 +93,7 @@ class Sample:
     skill: str = ""
     tools: str = ""
     thought: str = ""
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         if type(self.messages) is not tuple or not set(map(type, self.messages)) <= {Message}:
@@ -91,6 +110,18 @@ class Sample:
         named += [self.tools] if self.tools or self.thought else []
         named += [self.thought] if self.thought else []
         return hashlib.sha256(json.dumps(named, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+
+    def weighted(self, weights: Weights) -> Sample:
+        """The same sample, which counts so; its key stays."""
+        made = replace(self, weights=weights)
+        if "key" in vars(self):
+            vars(made)["key"] = self.key
+        return made
+
+    @property
+    def prompt_key(self) -> str:
+        """The key of its prompt alone, as `Prompt.sample.key`."""
+        return replace(self, response="", thought="").key
 
     @property
     def turns(self) -> list[dict[str, Any]]:

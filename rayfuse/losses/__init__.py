@@ -7,7 +7,7 @@ from rayfuse.losses.gw import gld_graphs, gw_couplings, gw_distance
 from rayfuse.losses.standardize import standardize
 from rayfuse.losses.token_logps import token_logps
 from rayfuse.losses.topk import TeacherTopK, teacher_topk
-from rayfuse.losses.uld import uld_loss
+from rayfuse.losses.uld import uld_distances, uld_loss
 
 __all__ = [
     "HeadOutput",
@@ -26,6 +26,7 @@ __all__ = [
     "standardize",
     "teacher_topk",
     "token_logps",
+    "uld_distances",
     "uld_loss",
     "wrpo_loss",
 ]

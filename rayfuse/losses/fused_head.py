@@ -34,13 +34,14 @@ from rayfuse.losses.topk import block_topk
 class HeadOutput:
     """The student's answer at N positions; `loss_ce`, `topk` and `picked` are differentiable, `lse` where asked for."""
 
-    loss_ce: torch.Tensor  # scalar float32, mean over the labels that are not ignored; 0 where all are
+    loss_ce: torch.Tensor  # scalar float32, (weighted) mean over the labels that are not ignored; 0 where all are
     topk: torch.Tensor  # [N, k] float32 logits, sorted descending
     ids: torch.Tensor  # [N, k] int64, the tokens of topk
     lse: torch.Tensor  # [N] float32 log-sum-exp of the position's logits
     label_logps: torch.Tensor  # [N] float32 log-probability of the label, 0 where it is ignored
     count: int  # labels that are not ignored
     picked: torch.Tensor | None = None  # [N, M] float32 logits at the asked ids; differentiable
+    weighted: bool = False  # whether loss_ce counts each label by a weight
 
 
 def fused_head(
@@ -57,6 +58,7 @@ def fused_head(
     chunk: int | None = None,
     picks: torch.Tensor | None = None,
     lse_gradient: bool = False,
+    weights: torch.Tensor | None = None,
 ) -> HeadOutput:
     """Mean cross-entropy and top-K logits of hidden [N, H] under the head weight [V, H] (bias [V]).
 
@@ -67,6 +69,9 @@ def fused_head(
 
     `lse_gradient` makes `lse` differentiable, for losses on probabilities exp(topk - lse): the softmax's gradient then
     waits for backward, where each chunk is computed again.
+
+    `weights` [N] float32: how much each label's cross-entropy counts in `loss_ce`, which is still divided by the number
+    of labels that are not ignored (not by the sum of their weights); None: all by 1.
 
     Time: 3 N V H multiply-adds for values and gradients (N V H where no gradient is asked for, 4 N V H with
     `lse_gradient`), 2 N (k + M) H more for the gradient of top-K and picks. Memory beyond inputs and outputs:
@@ -83,11 +88,16 @@ def fused_head(
     check_inputs(hidden, weight, labels, k, bias, head, ignore_index)
     if picks is not None:
         _check_picks(picks, len(hidden), valid_vocab or len(weight))
+    if weights is not None and (weights.shape != labels.shape or not bool((weights >= 0).all())):
+        raise LossError(f"fused_head: weights must be [{len(labels)}] numbers >= 0, got {tuple(weights.shape)}")
     count = int((labels != ignore_index).sum())
     with torch.autocast(hidden.device.type, enabled=False):
         options = _Options(head, ignore_index, chunk, k, count, torch.is_grad_enabled(), lse_gradient)
-        loss_ce, topk, ids, lse, label_logps, picked = _FusedHead.apply(hidden, weight, bias, labels, picks, options)
-    return HeadOutput(loss_ce, topk, ids, lse, label_logps, count, None if picks is None else picked)
+        loss_ce, topk, ids, lse, label_logps, picked = _FusedHead.apply(
+            hidden, weight, bias, labels, picks, weights, options
+        )
+    chosen = None if picks is None else picked
+    return HeadOutput(loss_ce, topk, ids, lse, label_logps, count, chosen, weights is not None)
 
 
 def _check_picks(picks: torch.Tensor, positions: int, vocabulary: int) -> None:
@@ -118,6 +128,7 @@ class _FusedHead(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         picks: torch.Tensor | None,
+        weights: torch.Tensor | None,
         options: _Options,
     ) -> tuple[torch.Tensor, ...]:
         N, head = len(hidden), options.head
@@ -143,6 +154,8 @@ class _FusedHead(torch.autograd.Function):
             label_logps[rows] = (label_C - lse[rows]).masked_fill(ignored_C, 0.0)
             if any(now):
                 learned_C1 = (~ignored_C).to(work_dtype)[:, None]
+                if weights is not None:
+                    learned_C1 *= weights[rows, None]
                 _to_gradient(logits_CV, sums_C1, learned_C1, learned_C1, labels[rows])
                 to_inner_logits(logits_CV, slope_CV, head)
                 add_products(grads, rows, logits_CV, hidden[rows], weight_VH)
@@ -150,9 +163,10 @@ class _FusedHead(torch.autograd.Function):
 
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(ids, label_logps, *([] if options.lse_gradient else [lse]))
-        ctx.save_for_backward(hidden, weight, bias, labels, topk, ids, picked, picks)
+        ctx.save_for_backward(hidden, weight, bias, labels, topk, ids, picked, picks, weights)
         ctx.grads, ctx.wants, ctx.options = grads, wants, options
-        return -label_logps.sum() / max(options.count, 1), topk, ids, lse, label_logps, picked
+        counted = label_logps if weights is None else label_logps * weights
+        return -counted.sum() / max(options.count, 1), topk, ids, lse, label_logps, picked
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -165,7 +179,7 @@ class _FusedHead(torch.autograd.Function):
                 "add the losses and call backward on the sum, or call fused_head again"
             )
         grads, ctx.grads = ctx.grads, None
-        hidden, weight, _, _, topk, ids, picked, picks = ctx.saved_tensors
+        hidden, weight, _, _, topk, ids, picked, picks, _ = ctx.saved_tensors
         share = topk.new_zeros(()) if grad_loss is None else grad_loss / max(ctx.options.count, 1)
         if ctx.options.lse_gradient:
             grads = _softmax_gradient(ctx, share, others[1])
@@ -177,7 +191,7 @@ class _FusedHead(torch.autograd.Function):
             if grad_values is not None and token_ids.numel():
                 _add_gathered_gradient(grads, grad_values, values, token_ids, hidden, weight, ctx.options.head)
         cast = [None if grad is None else grad.to(hidden.dtype) for grad in grads]
-        return *cast, None, None, None  # labels, picks, options
+        return *cast, None, None, None, None  # labels, picks, weights, options
 
 
 def _zeros(inputs: tuple[torch.Tensor | None, ...], wants: list[bool], dtype: torch.dtype) -> list[torch.Tensor | None]:
@@ -205,11 +219,12 @@ def _to_gradient(
 
 def _softmax_gradient(ctx: Any, share: torch.Tensor, grad_lse: torch.Tensor | None) -> list[torch.Tensor | None]:
     """The cross-entropy's gradient times `share`, and that of lse, chunk by chunk."""
-    hidden, weight, bias, labels, topk, *_ = ctx.saved_tensors
+    hidden, weight, bias, labels, topk, *_, weights = ctx.saved_tensors
     options = ctx.options
     weight_VH, bias_V = valid_rows(weight, bias, options.head)
     grads = _zeros((hidden, weight, bias), ctx.wants, topk.dtype)
-    label_share_N1 = (share * (labels != options.ignore_index))[:, None].to(topk.dtype)
+    learned_N = labels != options.ignore_index
+    label_share_N1 = (share * (learned_N if weights is None else learned_N * weights))[:, None].to(topk.dtype)
     lse_share_N1 = label_share_N1 if grad_lse is None else label_share_N1 + grad_lse[:, None]
     for rows in chunks(hidden, len(weight_VH), options.chunk):
         grad_CV = chunk_logits(hidden[rows], weight_VH, bias_V, options.head)

@@ -35,6 +35,25 @@ def uld_loss(
 
     Paper: InfiFusion (arXiv 2501.02795), Top-K selection, logit standardisation and ULD, for one teacher.
     """
+    gaps_NK = _gaps(student, teacher, standardized, space)
+    return gaps_NK.sum() / max(len(gaps_NK), 1)
+
+
+def uld_distances(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    standardized: bool = True,
+    space: Literal["logits", "probs"] = "logits",
+) -> torch.Tensor:
+    """The distance at each position [N] float32, of which uld_loss is the mean; arguments and errors as there."""
+    return _gaps(student, teacher, standardized, space).sum(dim=-1)
+
+
+def _gaps(
+    student: torch.Tensor, teacher: torch.Tensor, standardized: bool, space: Literal["logits", "probs"]
+) -> torch.Tensor:
+    """The absolute difference of each rank [N, K]."""
     _check(student, teacher, standardized, space)
     teacher = teacher.detach()
     ranks = []
@@ -48,7 +67,7 @@ def uld_loss(
     if missing:
         student_NK = F.pad(student_NK, (0, max(missing, 0)))
         teacher_NK = F.pad(teacher_NK, (0, max(-missing, 0)))
-    return (student_NK - teacher_NK).abs().sum() / max(len(student_NK), 1)
+    return (student_NK - teacher_NK).abs()
 
 
 def _check(student: torch.Tensor, teacher: torch.Tensor, standardized: bool, space: str) -> None:

@@ -212,10 +212,13 @@ def teacher_weights(
     Args:
         signals: of one sample, per teacher.
         temper: how strongly the likelihood counts; 0 leaves the prior.
-        prior: how much each teacher counts before anything is read (teachers[].weight); None: all the same.
+        prior: how much each teacher counts before anything is read (teachers[].weight, times its weight in the sample);
+            None, or 0 of each: all the same.
     """
     chances = np.ones(len(signals)) if prior is None else np.asarray(prior, dtype=np.float64)
     scores = np.array([temper * answer.token_logps.sum(dtype=np.float64) for answer in signals])
-    scores += np.log(chances / chances.max())
+    if chances.max() > 0:
+        with np.errstate(divide="ignore"):  # a teacher that does not count
+            scores += np.log(chances / chances.max())
     weights = np.exp(scores - scores.max())
     return weights / weights.sum()

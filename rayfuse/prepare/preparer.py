@@ -23,6 +23,7 @@ from rayfuse.errors import MissingSignalsError, RayfuseError, TeacherGoneError
 from rayfuse.prepare.spec import INITIAL, PrepareSpec, Scorer
 from rayfuse.prepare.targets import TARGETS, ScoredUnit, bare_targets, fields_read
 from rayfuse.prepare.vocabulary import Vocabularies
+from rayfuse.prepare.weights import weights_of_samples
 from rayfuse.signals.store import SignalStore
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.teachers.identity import IdentifiedTeacher
@@ -69,7 +70,8 @@ class Preparer:
         stats: dict[str, float] = {}
         signals = self.signals(samples, stats)
         rendered = [self._render(sample) for sample in samples]
-        batch = _pack_batch(rendered, bare_targets(self.spec), stats)
+        batch = _pack_batch(rendered, bare_targets(self.spec, samples), stats)
+        batch = replace(batch, sample_weights=weights_of_samples(self.spec, samples))
         unit = ScoredUnit(self.spec, self.vocabularies, samples, rendered, signals)
         for kind in self.spec.targets if self.spec.teachers else ():
             batch = TARGETS[kind](unit, batch)

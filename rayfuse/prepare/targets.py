@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from rayfuse.errors import RayfuseError
 from rayfuse.prepare.byte_prefix import TeacherSide, carry, mix, teacher_weights
 from rayfuse.prepare.min_edit import lowest_entropy, mined_target
 from rayfuse.prepare.vocabulary import Vocabularies
+from rayfuse.prepare.weights import counting, likeliest, mixed_with_text, weights_of_teacher
 from rayfuse.signals.topk import FIELDS, TopKSignals
 
 if TYPE_CHECKING:
@@ -188,11 +189,11 @@ def carried(unit: ScoredUnit, batch: FusionBatch) -> FusionBatch:
     ids, mass = [], []
     for b, (sample, item) in enumerate(zip(unit.samples, unit.rendered, strict=True)):
         labels = item.response_ids.tolist()
-        here = [(of_teacher[b], s) for s, of_teacher in enumerate(unit.signals)]
-        answered = [(answer, unit.vocabularies.teachers[s]) for answer, s in here if answer is not None]
+        here = counting(batch.targets, [s for s, of_teacher in enumerate(unit.signals) if of_teacher[b] is not None], b)
+        answered = [(unit.signals[s][b], unit.vocabularies.teachers[s]) for s in here]
         of_teachers = [
             carry(
-                TeacherSide(answer, teacher.pieces, teacher.end_of_turn),
+                TeacherSide(cast(TopKSignals, answer), teacher.pieces, teacher.end_of_turn),
                 sample.response.encode(),
                 item.ends,
                 labels,
@@ -200,11 +201,15 @@ def carried(unit: ScoredUnit, batch: FusionBatch) -> FusionBatch:
             )
             for answer, teacher in answered
         ]
-        prior = [unit.spec.teachers[s].teacher.weight for answer, s in here if answer is not None]
-        weights = teacher_weights([answer for answer, _ in answered], stage.temper, prior)
+        counted = [batch.targets[s].sample_weights for s in here]
+        prior = [
+            batch.targets[s].weight * (1.0 if of_teacher is None else float(of_teacher[b]))
+            for s, of_teacher in zip(here, counted, strict=True)
+        ]
+        weights = teacher_weights([cast(TopKSignals, answer) for answer, _ in answered], stage.temper, prior)
         of_sample = mix(of_teachers, weights.tolist(), labels, stage.width)
         ids.append(of_sample[0])
-        mass.append(of_sample[1])
+        mass.append(mixed_with_text(of_sample[1], counted, b))
     return replace(batch, picks=np.concatenate(ids), mass=np.concatenate(mass))
 
 
@@ -219,17 +224,23 @@ def unmatched(unit: ScoredUnit, batch: FusionBatch) -> FusionBatch:
 
 
 def mined(unit: ScoredUnit, batch: FusionBatch) -> FusionBatch:
-    """`picks` and `mass`: each sample's best teacher, mapped by minimum edit distance, see mined (FuseLLM)."""
+    """`picks` and `mass`: each sample's best teacher, mapped by minimum edit distance, see mined (FuseLLM).
+
+    Where the consensus weighs teachers, the best is the one of lowest cross-entropy among those that count most.
+    """
     vocabularies = unit.vocabularies
     best, made = [], []
     for b, (sample, item) in enumerate(zip(unit.samples, unit.rendered, strict=True)):
         here = [(s, answers[b]) for s, answers in enumerate(unit.signals)]
         answered = [(s, answer) for s, answer in here if answer is not None]
-        s, answer = answered[lowest_entropy([answer for _, answer in answered])]
+        counted = [batch.targets[s].sample_weights for s, _ in answered]
+        trusted = [answered[index] for index in likeliest(counted, b)]
+        s, answer = trusted[lowest_entropy([answer for _, answer in trusted])]
         best.append(s)
         to_student = partial(vocabularies.nearest_ids, s)
         text = sample.response.encode()
-        made.append(mined_target(answer, text, item.ends, item.response_ids, to_student, vocabularies.nearest))
+        ids_NM, mass_NM = mined_target(answer, text, item.ends, item.response_ids, to_student, vocabularies.nearest)
+        made.append((ids_NM, mixed_with_text(mass_NM, counted, b)))
     for s, teacher in enumerate(unit.spec.teachers):
         batch.stats[f"chosen/{teacher.name}"] = best.count(s)
     ids, mass = zip(*made, strict=True)
@@ -273,9 +284,19 @@ def fields_read(kinds: Sequence[str]) -> tuple[str, ...]:
     return tuple(field for field in FIELDS if field in asked)
 
 
-def bare_targets(spec: PrepareSpec) -> tuple[TeacherTarget, ...]:
-    """One target per teacher that says nothing yet."""
+def bare_targets(spec: PrepareSpec, samples: Sequence[Sample]) -> tuple[TeacherTarget, ...]:
+    """One target per teacher that says nothing yet, but how much it counts.
+
+    Raises:
+        DataError: see weights_of_teacher.
+    """
     return tuple(
-        TeacherTarget(one.name, one.teacher.weight, np.zeros(0, dtype=np.int64), np.zeros((0, 0), dtype=np.float16))
+        TeacherTarget(
+            one.name,
+            one.teacher.weight,
+            np.zeros(0, dtype=np.int64),
+            np.zeros((0, 0), dtype=np.float16),
+            sample_weights=weights_of_teacher(spec, one.name, samples),
+        )
         for one in spec.teachers
     )

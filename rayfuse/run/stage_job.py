@@ -65,6 +65,7 @@ def stage_job(
         "code (rayfuse)": rayfuse.__version__,
         "settings": _settings(config, index, spec),
         source_read: source.content,
+        **({f"weights of {source_read}": source.weights} if stage.weighs else {}),
         "student (the pivot)": pivot or identify_pivot(config),
         **{f"teacher {one.name}": one.fingerprint for one in scorers},
     }

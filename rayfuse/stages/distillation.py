@@ -1,12 +1,17 @@
 """What the baselines that compare a teacher's and the student's kept logits share.
 
 L = (1 - lam) L_SFT + lam SUM_s w_s L_s        L_s: mean over the positions at which teacher s meets the student
+
+Where the consensus weighs (teacher_weights, sample_weights), a position of sample b counts v_b p_sb times in L_s: v_b
+is how probably the response is right, p_sb how probably teacher s is right there. Denominators stay: with p one-hot in
+every sample the sum over the teachers is what each sample's own teacher gives, with p = 1 it is the papers' sum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from rayfuse.batch import Counts, FusionBatch
@@ -32,13 +37,23 @@ def distill(
         batch: the micro-batch.
         totals: denominators of the global batch.
         name: of the distance in the metrics.
-        distance: of teacher s, summed over the micro-batch's aligned positions.
+        distance: of teacher s, [P] at the micro-batch's positions aligned with it; where there is a part for each
+            sample besides, [P + B].
     """
     sft, parts = sft_loss(stage, head, batch, totals)
-    distances = [distance(s) / max(totals.pairs[s], 1) for s in range(len(batch.targets))]
+    distances = [weighted_sum(batch, s, distance(s)) / max(totals.pairs[s], 1) for s in range(len(batch.targets))]
     for target, value in zip(batch.targets, distances, strict=True):
         parts[f"{name}/{target.teacher}"] = value.detach()
     return (1 - stage.lam) * sft + stage.lam * over_teachers(stage, batch, distances), parts
+
+
+def weighted_sum(batch: FusionBatch, s: int, distances: torch.Tensor) -> torch.Tensor:
+    """The sum of teacher s's distances [P] or [P + B], each as much as its sample counts for that teacher."""
+    factors_B = batch.factors(s)
+    if factors_B is None:
+        return distances.sum()
+    factors = np.concatenate((factors_B[batch.sample[batch.targets[s].rows]], factors_B))[: len(distances)]
+    return (distances * on_device(factors, distances.device)).sum()
 
 
 def kept_ranks(head: HeadOutput, batch: FusionBatch, s: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,8 @@
     L      = (1 - lam) L_SFT + lam * SUM_s w_s L_s
 
 Where teachers are missing in a sample, the others count f_b = SUM_s w_s / SUM_{s answered b} w_s times as much there,
-and L_s is divided by the positions that teacher s would have had: every sample keeps its share of the loss.
+and L_s is divided by the positions that teacher s would have had: every sample keeps its share of the loss. By the
+consensus (teacher_weights, sample_weights) a sample's positions count as in distillation.py.
 
 The teacher's top log-probabilities stand for its logits: they differ by one constant per position, which neither the
 z-score nor a softmax over the K kept values sees. Without both (`standardized: false, space: logits`) the constant
@@ -16,13 +17,12 @@ gradient the head then has to give.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from rayfuse.batch import Counts, FusionBatch, TeacherTarget
+from rayfuse.batch import Counts, FusionBatch
 from rayfuse.config import RankDistillation
-from rayfuse.losses import HeadOutput, uld_loss
-from rayfuse.stages.distillation import over_teachers
+from rayfuse.losses import HeadOutput, uld_distances
+from rayfuse.stages.distillation import over_teachers, weighted_sum
 from rayfuse.stages.sft import sft_loss
 from rayfuse.stages.tensors import on_device
 
@@ -43,24 +43,11 @@ def rank_distance(
 ) -> torch.Tensor:
     """L_s of teacher s: this micro-batch's share of the mean over the aligned positions of the global batch."""
     target = batch.targets[s]
-    shares_B = batch.shares
-    pairs = max(totals.expected_pairs(s), 1)
-    if shares_B is None:
-        return _mean(stage, head, target, slice(None)) * (len(target.rows) / pairs)
-    share_P = shares_B[batch.sample[target.rows]]
-    parts = [
-        _mean(stage, head, target, share_P == share) * float(share * (share_P == share).sum() / pairs)
-        for share in np.unique(share_P)
-    ]
-    return sum(parts, start=head.topk.new_zeros(()))
-
-
-def _mean(stage: RankDistillation, head: HeadOutput, target: TeacherTarget, part: slice | np.ndarray) -> torch.Tensor:
-    """The mean distance over a part of a teacher's positions."""
     device = head.topk.device
-    rows_P = on_device(target.rows[part], device)
+    rows_P = on_device(target.rows, device)
     student_PK = head.topk[rows_P]
     if stage.needs_one_gauge:
         student_PK = student_PK - head.lse[rows_P, None]
-    teacher_PK = on_device(target.logps[part], device)
-    return uld_loss(student_PK, teacher_PK, standardized=stage.standardized, space=stage.space)
+    teacher_PK = on_device(target.logps, device)
+    distance_P = uld_distances(student_PK, teacher_PK, standardized=stage.standardized, space=stage.space)
+    return weighted_sum(batch, s, distance_P) / max(totals.expected_pairs(s), 1)

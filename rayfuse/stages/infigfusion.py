@@ -21,7 +21,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 from rayfuse.batch import Counts, FusionBatch
@@ -91,13 +90,12 @@ def _graphs(head: HeadOutput, batch: FusionBatch) -> list[torch.Tensor]:
 
 
 def _by_share(batch: FusionBatch, distances: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The graph distances [B] of each teacher, 0 where it was dropped, and more where others were; see infifusion."""
-    shares_B = batch.shares
-    if shares_B is None:
-        return list(distances)
-    answered = [target.answered for target in batch.targets]
-    factors = [np.where(True if answered_B is None else answered_B, shares_B, 0.0) for answered_B in answered]
-    return [d_B * torch.from_numpy(f_B).to(d_B) for d_B, f_B in zip(distances, factors, strict=True)]
+    """The graph distances [B] of each teacher, each as much as its sample counts for that teacher (batch.factors)."""
+    factors = [batch.factors(s) for s in range(len(distances))]
+    return [
+        distance_B if factors_B is None else distance_B * on_device(factors_B, distance_B.device)
+        for distance_B, factors_B in zip(distances, factors, strict=True)
+    ]
 
 
 def _gradient_norm(loss: torch.Tensor, topk_NK: torch.Tensor) -> torch.Tensor:

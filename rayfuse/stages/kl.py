@@ -34,7 +34,8 @@ def kl_loss(
         shared_Rk = shared_Pk[some_P]
         logp_Rk = _log_softmax(student_Pk[some_P] / stage.temperature, shared_Rk)
         logq_Rk = _log_softmax(teacher_Pk[some_P] / stage.temperature, shared_Rk)
-        return stage.temperature**2 * DIVERGENCES[stage.divergence](logq_Rk, logp_Rk, shared_Rk)
+        divergence_R = DIVERGENCES[stage.divergence](logq_Rk, logp_Rk, shared_Rk)
+        return stage.temperature**2 * divergence_R.new_zeros(len(some_P)).masked_scatter(some_P, divergence_R)
 
     return distill(stage, head, batch, totals, "loss_kl", distance)
 
@@ -45,8 +46,8 @@ def _log_softmax(logits_Rk: torch.Tensor, shared_Rk: torch.Tensor) -> torch.Tens
 
 
 def _kl(logq_Rk: torch.Tensor, logp_Rk: torch.Tensor, shared_Rk: torch.Tensor) -> torch.Tensor:
-    """KL(q || p), summed over the rows."""
-    return (logq_Rk.exp() * (logq_Rk - logp_Rk) * shared_Rk).sum()
+    """KL(q || p) of each row."""
+    return (logq_Rk.exp() * (logq_Rk - logp_Rk) * shared_Rk).sum(1)
 
 
 def _jsd(logq_Rk: torch.Tensor, logp_Rk: torch.Tensor, shared_Rk: torch.Tensor) -> torch.Tensor:

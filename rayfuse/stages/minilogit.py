@@ -30,6 +30,6 @@ def minilogit_loss(
         count_P1 = shared_Pk.sum(1, keepdim=True).clamp_min(1)
         gap_Pk = (student_Pk - teacher_Pk) * shared_Pk
         centred_Pk = (gap_Pk - gap_Pk.sum(1, keepdim=True) / count_P1) * shared_Pk
-        return (centred_Pk.square() / count_P1).sum()
+        return (centred_Pk.square() / count_P1).sum(1)
 
     return distill(stage, head, batch, totals, "loss_mse", distance)

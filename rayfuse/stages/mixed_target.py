@@ -19,7 +19,12 @@ def mixed_target_loss(
     assert batch.mass is not None
     sft, parts = sft_loss(stage, head, batch, totals)
     q_NM = on_device(batch.mass, head.picked.device)
-    gap = (head.picked[:, 0] - (q_NM * head.picked).sum(1)).sum() / totals.tokens
-    parts["loss_kl"] = (sft + gap).detach() + torch.xlogy(q_NM, q_NM).sum() / totals.tokens
+    gap_N = head.picked[:, 0] - (q_NM * head.picked).sum(1)
+    negentropy_N = torch.xlogy(q_NM, q_NM).sum(1)
+    if batch.row_weights is not None:
+        weights_N = on_device(batch.row_weights, gap_N.device)
+        gap_N, negentropy_N = gap_N * weights_N, negentropy_N * weights_N
+    gap = gap_N.sum() / totals.tokens
+    parts["loss_kl"] = (sft + gap).detach() + negentropy_N.sum() / totals.tokens
     parts["label_mass"] = q_NM[:, 0].sum() / totals.tokens
     return sft + stage.lam * gap, parts

@@ -40,10 +40,11 @@ def multilevelot_loss(
         student_Pk, teacher_Pk = (_scaled(values) for values in kept_ranks(head, batch, s))
         S_PC = channels(student_Pk, head.ids[rows_P], stage.channels)
         T_PC = channels(teacher_Pk, tokens_Pk, stage.channels)
-        token = (S_PC - T_PC).abs().sum() - stage.ce_weight * (S_PC.softmax(1) * T_PC.log_softmax(1)).sum()
+        token_P = (S_PC - T_PC).abs().sum(1) - stage.ce_weight * (S_PC.softmax(1) * T_PC.log_softmax(1)).sum(1)
         lengths = np.bincount(batch.sample[target.rows], minlength=len(batch.input_ids)).tolist()
         sequence_B = sinkhorn_positions((T_PC / 2).softmax(1), (S_PC / 2).softmax(1), lengths, 0.1, 10)
-        return token + stage.sequence_weight * 0.001 * sequence_B.sum() * (totals.pairs[s] / totals.samples)
+        of_samples_B = stage.sequence_weight * 0.001 * sequence_B * (totals.pairs[s] / totals.samples)
+        return torch.cat((token_P, of_samples_B))
 
     return distill(stage, head, batch, totals, "loss_ot", distance)
 

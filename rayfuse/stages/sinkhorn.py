@@ -32,6 +32,7 @@ def sinkhorn_loss(
         student_Pk, teacher_Pk = kept_ranks(head, batch, s)
         p_Pk, q_Pk = ((values / stage.temperature).softmax(dim=1) for values in (student_Pk, teacher_Pk))
         costs_kk = rank_costs(p_Pk.shape[1], p_Pk.device)
-        return (sinkhorn_plan(p_Pk, q_Pk, costs_kk, stage.regularisation, stage.iterations) * costs_kk).sum()
+        plan_Pkk = sinkhorn_plan(p_Pk, q_Pk, costs_kk, stage.regularisation, stage.iterations)
+        return (plan_Pkk * costs_kk).sum((1, 2))
 
     return distill(stage, head, batch, totals, "loss_ot", distance)

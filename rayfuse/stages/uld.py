@@ -30,6 +30,6 @@ def uld_original_loss(
         rows_P = on_device(target.rows, head.topk.device)
         student_Pk = (head.topk[rows_P] - head.lse[rows_P, None]).exp()
         teacher_Pk = on_device(target.logps, head.topk.device).float().exp()
-        return (student_Pk - teacher_Pk).abs().sum()
+        return (student_Pk - teacher_Pk).abs().sum(1)
 
     return distill(stage, head, batch, totals, "loss_uld", distance)

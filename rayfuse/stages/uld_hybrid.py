@@ -47,18 +47,18 @@ def uld_hybrid_loss(
         if target.overlap == 1 or not unmatched_V.any():
             return matched_weight * matched
         student_Pk = (head.topk[rows_P] - lse_P1).exp() * unmatched_V[head.ids[rows_P]]
-        unmatched = (_sorted(student_Pk) - _sorted(teacher_Pk.exp() * ~shared_Pk)).abs().sum()
+        unmatched = (_sorted(student_Pk) - _sorted(teacher_Pk.exp() * ~shared_Pk)).abs().sum(1)
         return matched_weight * matched + (1 - matched_weight) * unmatched
 
     return distill(stage, head, batch, totals, "loss_hybrid", distance)
 
 
 def _jsd(q_Pk: torch.Tensor, p_Pk: torch.Tensor, shared_Pk: torch.Tensor, beta: float) -> torch.Tensor:
-    """Generalised Jensen-Shannon divergence over the shared tokens, summed over the positions."""
+    """Generalised Jensen-Shannon divergence over the shared tokens [P]."""
     logq_Pk, logp_Pk = (values.clamp_min(LEAST).log() for values in (q_Pk, p_Pk))
     logm_Pk = torch.logaddexp(logq_Pk + math.log(beta), logp_Pk + math.log(1 - beta))
     jsd_Pk = beta * logq_Pk.exp() * (logq_Pk - logm_Pk) + (1 - beta) * logp_Pk.exp() * (logp_Pk - logm_Pk)
-    return (jsd_Pk * shared_Pk).sum()
+    return (jsd_Pk * shared_Pk).sum(1)
 
 
 def _sorted(values_Pk: torch.Tensor) -> torch.Tensor:

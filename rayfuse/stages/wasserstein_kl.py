@@ -32,7 +32,7 @@ def wasserstein_kl_loss(
         student_Pk, teacher_Pk = kept_ranks(head, batch, s)
         log_p_Pk, log_q_Pk = ((values / stage.temperature).log_softmax(dim=1) for values in (student_Pk, teacher_Pk))
         q_Pk = log_q_Pk.exp()
-        kl = stage.temperature**2 * (q_Pk * (log_q_Pk - log_p_Pk)).sum()
-        return stage.mix * wasserstein_ranks(log_p_Pk.exp(), q_Pk).sum() + (1 - stage.mix) * kl
+        kl = stage.temperature**2 * (q_Pk * (log_q_Pk - log_p_Pk)).sum(1)
+        return stage.mix * wasserstein_ranks(log_p_Pk.exp(), q_Pk) + (1 - stage.mix) * kl
 
     return distill(stage, head, batch, totals, "loss_wkl", distance)

@@ -84,6 +84,9 @@ def test_the_choices_are_right(run, knowing):
     assert sum(truth[row["prompt"]] == row["response"] for row in rows) / len(rows) > 0.95
     labelled = [json.loads(line) for line in (knowing / "train.jsonl").read_text().splitlines()]
     of_prompt = {row["prompt"]: row.get("response") for row in labelled}
+    for row in rows:  # what stages weigh by
+        assert 0.5 <= row["sample_weight"] <= 1
+        assert set(row["teacher_weights"]) == set(FIELDS)
     for row in rows:  # where the label is believed, its wording is kept, and who wrote it is told
         source = row["provenance"]["response"]["source"]
         assert (row["response"] == of_prompt[row["prompt"]]) == (source == "label")
@@ -147,6 +150,34 @@ def test_a_second_run_asks_nobody_and_chooses_the_same(run, knowing, tmp_path, m
             run / "consensus" / f"{name}.jsonl"
         ).read_bytes()
     assert [path.stat().st_mtime_ns for path in answers] == written
+
+
+WEIGHED = [
+    {"method": "sft", "responses": "data", "sample_weights": "consensus"},
+    {"method": "infifusion", "teacher_weights": "consensus", "sample_weights": "consensus"},
+    {"method": "bytekd", "teacher_weights": "consensus", "responses": "data"},
+]
+
+
+@pytest.mark.slow
+def test_weights_reach_the_stages_and_a_replayed_run_has_the_same_bits(run, knowing, tmp_path):
+    """From the same stores, in another folder: the weights, and with them the students, are bit-identical."""
+    short = {"steps": 2, "batch_size": 16, "learning_rate": 1e-3}
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        again = tree(
+            knowing,
+            folder,
+            signals={"k": 5, "store": str(run / "signals")},
+            stages=[{**short, **stage} for stage in WEIGHED],
+        )
+        again["data"] = {**again["data"], "on_bad_row": "skip"}  # prompts without a label are none of `responses: data`
+        again["consensus"] = {**again["consensus"], "store": str(run / "answers")}
+        fuse(parse_config(again))
+    for file in ("consensus/choices.jsonl", "consensus/candidates.jsonl", "model/model.safetensors"):
+        assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes()
+    records = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [record["stage"] for record in records] == ["01-sft"] * 2 + ["02-infifusion"] * 2 + ["03-bytekd"] * 2
 
 
 @pytest.mark.slow

@@ -318,3 +318,39 @@ def test_refuses_inputs_that_do_not_fit(function, change, message):
     positional = [arguments.pop(name) for name in ("hidden", "weight", "labels", "k")]
     with pytest.raises(LossError, match=message):
         function(*positional, **arguments)
+
+
+@pytest.mark.parametrize("head", HEADS, ids=str)
+@pytest.mark.parametrize("lse_gradient", [False, True])
+def test_weighted_labels_equal_a_weighted_cross_entropy(head, lse_gradient):
+    hidden, weight, bias, labels = head_inputs(with_bias=True)
+    weights = torch.rand(len(labels), generator=torch.Generator().manual_seed(3))
+    weights[3] = 0
+    out = fused_head(hidden, weight, labels, 5, bias=bias, weights=weights, lse_gradient=lse_gradient, **HEADS[head])
+    expected = naive(hidden, weight, labels, 5, bias=bias, **HEADS[head])
+    loss = -(expected.label_logps * weights).sum() / expected.count
+    torch.testing.assert_close(out.loss_ce, loss, rtol=1e-5, atol=1e-6)
+    both = out.loss_ce + 0.1 * out.topk.softmax(-1)[:, 0].sum()
+    expected_both = loss + 0.1 * expected.topk.softmax(-1)[:, 0].sum()
+    inputs = (hidden, weight, bias)
+    for mine, theirs in zip(torch.autograd.grad(both, inputs), torch.autograd.grad(expected_both, inputs), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_of_one_change_no_bit():
+    hidden, weight, _, labels = head_inputs()
+    plain, weighted = (fused_head(hidden, weight, labels, 5, weights=w) for w in (None, torch.ones(len(labels))))
+    assert plain.loss_ce.equal(weighted.loss_ce)
+    for mine, theirs in zip(
+        torch.autograd.grad(plain.loss_ce, (hidden, weight)),
+        torch.autograd.grad(weighted.loss_ce, (hidden, weight)),
+        strict=True,
+    ):
+        assert mine.equal(theirs)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(3), -torch.ones(41), torch.full((41,), torch.nan)])
+def test_weights_that_are_none_are_refused(weights):
+    hidden, weight, _, labels = head_inputs()
+    with pytest.raises(LossError, match=r"weights must be \[41\] numbers >= 0"):
+        fused_head(hidden, weight, labels, 5, weights=weights)

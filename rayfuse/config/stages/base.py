@@ -14,6 +14,23 @@ from rayfuse.metrics.definitions import SFT_PART, Metric
 LAM_TEXT = "weight of the distillation term; 1 - lam is that of the SFT term"
 """What lam is. By its default the term pulls about a fifth as strongly as SFT where a stage starts, unless a
 measurement or the method's authors say better (docs/methods.md)."""
+Weighting = Literal["uniform", "consensus"]
+TeacherWeights = Annotated[
+    Weighting,
+    Field(
+        description="how much a teacher counts in a sample: uniform: as its `weight` says, in all alike; consensus: "
+        "times the probability that it is right on this prompt"
+    ),
+]
+SampleWeights = Annotated[
+    Weighting,
+    Field(
+        description="how much a sample counts: uniform: all alike; consensus: by the probability that its response is "
+        "right"
+    ),
+]
+"""By the consensus: the one that the run makes or, without the section `consensus`, the columns `teacher_weights` and
+`sample_weight` of the rows, as an earlier run's consensus/choices.jsonl has them."""
 BetaOfAdam = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -86,6 +103,20 @@ class Stage(Section):
         """How the positions of teacher and student are paired."""
         return "bytes"
 
+    @property
+    def weighs(self) -> tuple[str, ...]:
+        """What the consensus weighs in the loss: "teachers", "samples", both or nothing."""
+        return ()
+
+    @property
+    def weighs_text(self) -> str:
+        """The same in words, to follow a sentence on the loss; empty where it weighs nothing."""
+        said = {
+            "teachers": "a teacher counts by the probability that it is right on the prompt",
+            "samples": "a sample counts by the probability that its response is right",
+        }
+        return "".join(f"; {said[kind]}" for kind in self.weighs)
+
     def kept(self, signals_k: int) -> int | None:
         """How many ranks of each position the loss compares; None where it weighs whole responses.
 
@@ -125,7 +156,18 @@ class Merge(Section):
     )
 
 
-class TeacherStage(Stage):
+class ResponseStage(Stage):
+    """What the stages share that learn responses of `data`."""
+
+    sample_weights: SampleWeights = "uniform"
+
+    @property
+    def weighs(self) -> tuple[str, ...]:
+        """What the consensus weighs in the loss: "teachers", "samples", both or nothing."""
+        return ("samples",) if self.sample_weights == "consensus" else ()
+
+
+class TeacherStage(ResponseStage):
     """What the stages share that learn from the teachers' answers to `data`: (1 - lam) SFT + lam a distance to them.
 
     One student learns from all teachers; or (`merge` given: pairwise) a student from each teacher, and they are merged.
@@ -141,6 +183,7 @@ class TeacherStage(Stage):
         "weights; lam is chosen so at the stage's start, on its first batch, and stays",
     )
     merge: Merge | None = Field(None, description="pairwise form: train one student per teacher, and merge them so")
+    teacher_weights: TeacherWeights = "uniform"
 
     @model_validator(mode="after")
     def _lam_or_balance(self) -> TeacherStage:
@@ -148,6 +191,11 @@ class TeacherStage(Stage):
         if self.balance is not None and self.lam != default:
             raise ValueError(f"give lam or balance, not both (lam={self.lam:g}, balance={self.balance:g})")
         return self
+
+    @property
+    def weighs(self) -> tuple[str, ...]:
+        """What the consensus weighs in the loss: "teachers", "samples", both or nothing."""
+        return (*(("teachers",) if self.teacher_weights == "consensus" else ()), *super().weighs)
 
     @property
     def pairwise(self) -> Merge | None:
@@ -158,11 +206,11 @@ class TeacherStage(Stage):
     def weights_text(self) -> tuple[str, str, str]:
         """The weights of SFT and of the distance, in words, and how they are chosen."""
         if self.balance is None:
-            return f"{1 - self.lam:g}", f"{self.lam:g}", ""
+            return f"{1 - self.lam:g}", f"{self.lam:g}", self.weighs_text
         return (
             "(1 - lam)",
             "lam",
-            f" (lam such that the second gradient is {self.balance:g} times the first at the start)",
+            f" (lam such that the second gradient is {self.balance:g} times the first at the start){self.weighs_text}",
         )
 
 

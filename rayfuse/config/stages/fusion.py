@@ -6,7 +6,14 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from rayfuse.config.stages.base import LAM_TEXT, RankDistillation, Stage, TeacherStage, distance_part
+from rayfuse.config.stages.base import (
+    LAM_TEXT,
+    RankDistillation,
+    ResponseStage,
+    TeacherStage,
+    TeacherWeights,
+    distance_part,
+)
 from rayfuse.metrics.definitions import SFT_PART, Metric
 
 ULD_PART = distance_part("loss_uld", "sum over the top-K ranks")
@@ -18,14 +25,14 @@ MIXTURE_PARTS = (
 """What a cross-entropy against a mixture of the written text and the teachers' target measures."""
 
 
-class SFT(Stage):
+class SFT(ResponseStage):
     """Supervised fine-tuning: cross-entropy on the responses."""
 
     method: Literal["sft"] = "sft"
 
     def text(self, signals_k: int) -> str:
         """The method's sentence in the model card."""
-        return "`sft`: cross-entropy on the assistant's turns."
+        return f"`sft`: cross-entropy on the assistant's turns{self.weighs_text}."
 
 
 class InfiFusion(RankDistillation):
@@ -100,7 +107,7 @@ class ByteKD(TeacherStage):
         )
 
 
-class Trust(Stage):
+class Trust(ResponseStage):
     """Trust-weighted fine-tuning (ours): a sample counts as much as its surest teacher believes its response."""
 
     uses_teachers: ClassVar[bool] = True
@@ -117,10 +124,16 @@ class Trust(Stage):
         description="how strongly belief counts: a sample's weight is the surest teacher's probability per token, to "
         "this power; 0 is sft",
     )
+    teacher_weights: TeacherWeights = "uniform"
+
+    @property
+    def weighs(self) -> tuple[str, ...]:
+        """What the consensus weighs in the loss: "teachers", "samples", both or nothing."""
+        return (*(("teachers",) if self.teacher_weights == "consensus" else ()), *super().weighs)
 
     def text(self, signals_k: int) -> str:
         """The method's sentence in the model card."""
         return (
             "`trust` (trust-weighted fine-tuning): cross-entropy in which a sample counts by the probability per token "
-            f"that its surest teacher gives to the response, to the power {self.trust:g}."
+            f"that its surest teacher gives to the response, to the power {self.trust:g}{self.weighs_text}."
         )

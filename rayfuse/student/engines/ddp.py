@@ -167,7 +167,7 @@ class DDPEngine(Engine):
 
 def tensors_of(batch: FusionBatch, device: torch.device) -> dict[str, torch.Tensor]:
     """What the forward reads of a batch, on the device."""
-    fields = ("input_ids", "attention_mask", "positions", "labels", "picks")
+    fields = ("input_ids", "attention_mask", "positions", "labels", "picks", "row_weights")
     arrays = {name: getattr(batch, name) for name in fields if getattr(batch, name) is not None}
     return {name: on_device(array, device) for name, array in arrays.items()}
 

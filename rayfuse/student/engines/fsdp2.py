@@ -2,8 +2,8 @@
 
 Units: each decoder layer, the embedding where it is not tied to the output layer, and the rest, which holds the output
 layer. A unit's weights are gathered around its forward and its backward. The rest is the root, which stays gathered
-from forward to backward: the fused head reads the output layer's weight as if it were whole, and a tied weight is in one
-unit with both of its uses.
+from forward to backward: the fused head reads the output layer's weight as if it were whole, and a tied weight is in
+one unit with both of its uses.
 """
 
 from __future__ import annotations

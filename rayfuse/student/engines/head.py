@@ -60,8 +60,10 @@ class HiddenToHead(nn.Module):
         if k is None:
             made.logps = token_logps(hidden_NH, weight, labels, **options)
         else:
-            picks = batch.get("picks")
-            made.head = fused_head(hidden_NH, weight, labels, k, picks=picks, lse_gradient=lse, **options)
+            picks, weights = batch.get("picks"), batch.get("row_weights")
+            made.head = fused_head(
+                hidden_NH, weight, labels, k, picks=picks, lse_gradient=lse, weights=weights, **options
+            )
         return made
 
 
