@@ -12,7 +12,7 @@ import ray
 
 from rayfuse.cluster.address import join
 from rayfuse.cluster.embedded import ENVIRONMENT, QUIET, end_embedded, leave_serve, session, start_embedded
-from rayfuse.config import Config, Judge, Student, Teacher
+from rayfuse.config import Config, HostedJudge, Student, Teacher
 
 __all__ = ["connect", "end_embedded", "leave_serve", "session", "start_embedded"]
 
@@ -70,7 +70,7 @@ def _prefer_cpus(config: Config) -> float:
     if config.prefer is None:
         return 0.0
     judge = config.prefer.judge
-    judges = judge.cpus * judge.workers if judge is not None else 0.0
+    judges = judge.cpus * judge.workers if isinstance(judge, HostedJudge) else 0.0
     tasks = config.prefer.in_flight * PREPARE_CPUS
     return config.student.cpus * config.prefer.replicas.max + judges + tasks
 
@@ -154,7 +154,7 @@ def measure_task() -> dict[str, Any]:
     return {"num_cpus": 1, "max_retries": 10, **_in_shared_processes()}
 
 
-def judge_actor(judge: Judge) -> dict[str, Any]:
+def judge_actor(judge: HostedJudge) -> dict[str, Any]:
     """Options of a judge's actor: idempotent, so a lost one is started again and asked again."""
     return {"num_cpus": judge.cpus, "num_gpus": judge.gpus, "max_restarts": 10, "max_task_retries": 10}
 

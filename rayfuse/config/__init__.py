@@ -19,7 +19,7 @@ from rayfuse.config.consensus import Consensus
 from rayfuse.config.data import Benchmark, Data, Signals
 from rayfuse.config.endpoint import Endpoint, Stored
 from rayfuse.config.environment import RuntimeEnv
-from rayfuse.config.judges import JUDGES, Judge, RewardModel, UnitTests
+from rayfuse.config.judges import JUDGES, HostedJudge, Judge, Posterior, RewardModel, UnitTests
 from rayfuse.config.loading import apply_override, config_json, load_config, parse_config
 from rayfuse.config.models import Model, Student
 from rayfuse.config.prefer import Prefer
@@ -64,6 +64,7 @@ __all__ = [
     "FuseChat",
     "FuseLLM",
     "FusedPreference",
+    "HostedJudge",
     "Http",
     "InfiFPO",
     "InfiFusion",
@@ -75,6 +76,7 @@ __all__ = [
     "MultiLevelOT",
     "Parity",
     "Place",
+    "Posterior",
     "Prefer",
     "Preference",
     "RankDistillation",

@@ -18,26 +18,31 @@ class Judge(Section):
     """What a row of prompts must hold besides the prompt."""
 
     method: str
+
+
+class HostedJudge(Judge):
+    """A judge that looks at one response after another, in processes of its own."""
+
     workers: int = Field(1, ge=1, description="processes that judge in parallel")
     cpus: float = Field(1.0, gt=0, description="CPU cores per process")
     gpus: float = Field(0.0, ge=0, le=1, description="GPU per process, or a share of one (a reward model's)")
 
 
-class Exact(Judge):
+class Exact(HostedJudge):
     """1 where the response is the row's `answer` (or `response`), ends stripped; else 0."""
 
     needs: ClassVar[Literal["answer"]] = "answer"
     method: Literal["exact"] = "exact"
 
 
-class Number(Judge):
+class Number(HostedJudge):
     """1 where the last number of the response is the last number of the row's `answer` (or `response`); else 0."""
 
     needs: ClassVar[Literal["answer"]] = "answer"
     method: Literal["number"] = "number"
 
 
-class UnitTests(Judge):
+class UnitTests(HostedJudge):
     """1 where the response's Python code passes the row's `tests` in a sandbox; else 0. See evaluation.sandbox."""
 
     needs: ClassVar[Literal["tests"]] = "tests"
@@ -53,7 +58,7 @@ class UnitTests(Judge):
     )
 
 
-class RewardModel(Judge, Model):
+class RewardModel(HostedJudge, Model):
     """The score of a Hugging Face sequence-classification model, with its own chat template."""
 
     method: Literal["reward_model"] = "reward_model"
@@ -67,11 +72,28 @@ class RewardModel(Judge, Model):
         return self
 
 
+class Posterior(Judge):
+    """How probably a response is right, by the consensus of all responses to all prompts; no model judges.
+
+    Labels (`answer` or `response` of the rows) count as far as they turn out to be right. See docs/consensus.md.
+    """
+
+    method: Literal["consensus"] = "consensus"
+    equivalence: Literal["auto", "exact", "final", "tests"] = Field(
+        "auto",
+        description="when two responses say the same: exact text, same final answer (boxed or number), or passing the "
+        "row's tests; auto chooses by the data",
+    )
+    clusters: int = Field(12, ge=1, description="fields to find at most, where the rows name no `skill`")
+    tests: UnitTests = Field(UnitTests(), description="the sandbox of the rows' tests")
+
+
 JUDGES: dict[str, type[Judge]] = {
     "reward_model": RewardModel,
     "exact": Exact,
     "number": Number,
     "unit_tests": UnitTests,
+    "consensus": Posterior,
 }
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rayfuse.config.data import Data
-from rayfuse.config.judges import AnyJudge
+from rayfuse.config.judges import AnyJudge, Posterior
 from rayfuse.config.section import NewPlace, Section
 from rayfuse.config.teachers import Replicas
 
@@ -28,7 +28,9 @@ class Prefer(Section):
     output: NewPlace | None = Field(
         None, min_length=1, description="the .jsonl file to write; default: the path of `preferences`"
     )
-    judge: AnyJudge | None = Field(None, description="what scores a response: a reward model, or a verifier")
+    judge: AnyJudge | None = Field(
+        None, description="what scores a response: a reward model, a verifier, or the consensus of all responses"
+    )
     per_teacher: int = Field(4, ge=0, description="responses sampled from each teacher")
     from_pivot: int | None = Field(
         None, ge=0, description="responses sampled from the pivot; default 8, and 0 when `responses` are written"
@@ -37,7 +39,9 @@ class Prefer(Section):
     max_new_tokens: int = Field(1024, ge=1, description="longest response, in the model's own tokens")
     seed: int = Field(0, ge=0, description="of the sampling, and of choosing among equally good responses")
     min_score: float | None = Field(
-        None, description="a chosen response has at least this score; default: 1 of a verifier, any of a reward model"
+        None,
+        description="a chosen response has at least this score; default: 1 of a verifier, 0.5 of the consensus, any of "
+        "a reward model",
     )
     min_gap: float = Field(0.0, ge=0, description="the chosen response's score is above the rejected one's by more")
     replicas: Replicas = Field(Replicas(), description="copies of the pivot, while it answers")
@@ -72,4 +76,6 @@ class Prefer(Section):
         """The score that a chosen response must have."""
         if self.min_score is not None:
             return self.min_score
+        if isinstance(self.judge, Posterior):
+            return 0.5
         return 1.0 if self.judge is not None and self.judge.needs else float("-inf")

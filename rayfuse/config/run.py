@@ -30,10 +30,6 @@ RESERVED_NAMES = ("model", "checkpoints", "initial", "pivot")
 """Names that stages and tables use themselves."""
 
 
-PAIR = ("chosen", "rejected")
-"""The sides of the pairs that a consensus makes."""
-
-
 class Config(Section):
     """One run, from data to fused model."""
 
@@ -111,8 +107,8 @@ class Config(Section):
                 raise ValueError(f"{where}: responses: consensus needs the section `consensus` ({{}} for its defaults)")
             section = "preferences" if stage.uses_preferences else "data"
             data = self.preferences if section == "preferences" else self.data
-            if data is None and self.consensus is not None and stage.sides == PAIR:
-                data = self.data  # the pairs are made from it
+            if data is None and self.consensus is not None:
+                data = self.data  # the pairs (and triples) are made from it
             if data is None:
                 raise ValueError(f"{where} needs `preferences`: rows of prompt, {', '.join(stage.sides)}")
             units, rest = divmod(stage.batch_size, data.unit_size)

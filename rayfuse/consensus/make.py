@@ -3,6 +3,7 @@
 OUTPUT/consensus/candidates.jsonl   every prompt with its answers, who says the same, and p(right)
 OUTPUT/consensus/choices.jsonl      `prompt` and `response` of the kept prompts: data for the stages
 OUTPUT/consensus/pairs.jsonl        `prompt`, `chosen`, `rejected`: data for preference stages
+OUTPUT/consensus/triples.jsonl      the same with `chosen_pivot`, for wrpo
 OUTPUT/consensus/labels.jsonl       labels that are probably wrong, the most doubtful first
 OUTPUT/consensus/summary.json       accuracies of the sources, share of wrong labels, findings
 """
@@ -19,12 +20,12 @@ import ray
 from rich.console import Console
 
 from rayfuse import cluster
-from rayfuse.config import Config, Consensus
+from rayfuse.config import Config, Consensus, UnitTests
 from rayfuse.config.run import as_teacher
 from rayfuse.consensus.asking import Panel, answered, in_tasks, scored
 from rayfuse.consensus.candidates import PIVOT, Candidates, read_candidates
 from rayfuse.consensus.outcome import Decision, Outcome, decide
-from rayfuse.consensus.outputs import doubtful_labels, pairs, responses, teacher_weights
+from rayfuse.consensus.outputs import doubtful_labels, pairs, responses, teacher_weights, triples
 from rayfuse.consensus.scored import Scores
 from rayfuse.data.sample import DataCounts
 from rayfuse.errors import DataError
@@ -75,7 +76,7 @@ def make_consensus(config: Config, settings: Consensus, console: Console) -> Out
         outcome = decide(
             complete,
             equivalence=settings.equivalence,
-            judge=_tests(settings),
+            judge=tests_judge(settings.tests),
             score=scores,
             most_clusters=settings.clusters,
             silent=silent,
@@ -118,12 +119,12 @@ def gathered(
     return [item for index in range(len(units)) for item in done[index]]
 
 
-def _tests(settings: Consensus) -> Callable[..., list[float]]:
+def tests_judge(settings: UnitTests) -> Callable[..., list[float]]:
     """Runs unit tests in an actor of its own, which starts when the first program is there."""
 
     def judge(programs: Sequence[Any]) -> list[float]:
         actor: Any = JudgeActor
-        tester = actor.options(**cluster.judge_actor(settings.tests)).remote(settings.tests)
+        tester = actor.options(**cluster.judge_actor(settings)).remote(settings)
         scores: list[float] = ray.get(tester.score.remote(list(programs)))
         return scores
 
@@ -149,6 +150,7 @@ def write(folder: Path, outcome: Outcome, keep: float, counts: DataCounts, teach
     weights = teacher_weights(outcome, teachers)
     _write_lines(folder / "candidates.jsonl", (_about(one, weights) for one in outcome.decisions))
     _write_lines(folder / "pairs.jsonl", pairs(outcome, keep))
+    _write_lines(folder / "triples.jsonl", triples(outcome, keep))
     doubtful = doubtful_labels(outcome)
     _write_lines(
         folder / "labels.jsonl",
@@ -207,6 +209,13 @@ def summary_of(outcome: Outcome, keep: float, counts: DataCounts) -> dict[str, A
 def summary_lines(outcome: Outcome, keep: float) -> list[str]:
     """What a run prints: who is right how often, wrong labels, findings."""
     kept = sum(decision.chosen(keep) is not None for decision in outcome.decisions)
+    lines = estimate_lines(outcome)
+    lines.append(f"consensus: {kept:,} of {len(outcome.decisions):,} prompts have an answer to learn from")
+    return lines + [f"consensus: {finding.text}" for finding in outcome.findings]
+
+
+def estimate_lines(outcome: Outcome) -> list[str]:
+    """How answers were compared, how often each source is right, and the share of wrong labels, in words."""
     shares = ", ".join(f"{one.source} {one.right:.0%}" for one in outcome.estimates if not one.field)
     lines = [
         f"consensus: answers compared by {outcome.equivalence.name} ({outcome.equivalence.reason})",
@@ -215,8 +224,7 @@ def summary_lines(outcome: Outcome, keep: float) -> list[str]:
     wrong = outcome.wrong_labels
     if wrong is not None:
         lines.append(f"consensus: {wrong.right:.1%} of the labels are wrong ({wrong.low:.1%} to {wrong.high:.1%})")
-    lines.append(f"consensus: {kept:,} of {len(outcome.decisions):,} prompts have an answer to learn from")
-    return lines + [f"consensus: {finding.text}" for finding in outcome.findings]
+    return lines
 
 
 def _about(decision: Decision, weights: dict[str, dict[str, float]]) -> dict[str, Any]:

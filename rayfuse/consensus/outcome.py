@@ -88,6 +88,12 @@ class Decision:
         among = [a for a, group in zip(answers, self.groups, strict=True) if group == best and not a.fault]
         return min(among, key=_wording, default=None)
 
+    def said_like(self, answer: Answer) -> list[Answer]:
+        """The answers that say the same and can be learnt from: the label first, then the surest model."""
+        group = self.groups[self.candidates.answers.index(answer)]
+        same = [a for a, g in zip(self.candidates.answers, self.groups, strict=True) if g == group and not a.fault]
+        return sorted(same, key=_wording)
+
     def worst(self, than: Answer) -> Answer | None:
         """The answer that is least probably right, of another group than `than`; the pivot's own among equals.
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rayfuse.consensus.candidates import LABEL, Answer
+from rayfuse.consensus.candidates import LABEL, PIVOT, Answer
 from rayfuse.consensus.outcome import KEEP, Decision, Outcome
 from rayfuse.data.prompts import Prompt
 from rayfuse.data.weights import SAMPLE, TEACHERS
@@ -54,6 +54,27 @@ def pairs(outcome: Outcome, keep: float = KEEP, gap: float = KEEP) -> list[Row]:
             continue
         if _right(decision, best) - _right(decision, worst) >= gap:
             rows.append(_row(decision, {"chosen": best, "rejected": worst}))
+    return rows
+
+
+def triples(outcome: Outcome, keep: float = KEEP, gap: float = KEEP) -> list[Row]:
+    """`prompt`, `chosen`, `chosen_pivot` and `rejected`, where a teacher and the pivot both are right.
+
+    Chosen is the answer of the surest teacher that says what is right, chosen_pivot the pivot's own; see `pairs`.
+    """
+    rows = []
+    for decision in outcome.decisions if not outcome.fell_back else ():
+        best = decision.chosen(keep)
+        if best is None:
+            continue
+        right = decision.said_like(best)
+        own = next((answer for answer in right if answer.source == PIVOT), None)
+        teachers = [answer for answer in right if answer.source not in (PIVOT, LABEL)]
+        worst = decision.worst(best)
+        if own is None or not teachers or worst is None or _right(decision, best) - _right(decision, worst) < gap:
+            continue
+        if worst.text.strip() not in (own.text.strip(), teachers[0].text.strip()):
+            rows.append(_row(decision, {"chosen": teachers[0], "chosen_pivot": own, "rejected": worst}))
     return rows
 
 

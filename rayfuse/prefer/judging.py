@@ -10,7 +10,7 @@ import ray
 
 from rayfuse import cluster
 from rayfuse.cluster.failures import own_errors
-from rayfuse.config import Config, Data, Model, Prefer, Teacher
+from rayfuse.config import Config, Data, HostedJudge, Model, Prefer, Teacher
 from rayfuse.data.prompts import Prompt
 from rayfuse.data.sample import Sample
 from rayfuse.evaluation.judges import JudgeActor
@@ -61,7 +61,7 @@ class _Judges:
     def __init__(self, settings: Prefer) -> None:
         judge = settings.judge
         self.actors: list[Any] = []
-        if judge is not None:
+        if isinstance(judge, HostedJudge):
             actor: Any = JudgeActor
             options = cluster.judge_actor(judge)
             self.actors = [actor.options(**options).remote(judge) for _ in range(judge.workers)]

@@ -13,7 +13,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from rayfuse import cluster
-from rayfuse.config import Config, Data, Prefer
+from rayfuse.config import Config, Data, Posterior, Prefer
 from rayfuse.config.run import as_teacher
+from rayfuse.consensus.make import estimate_lines, tests_judge
+from rayfuse.consensus.sampled import Sampled, posteriors
 from rayfuse.data.prompts import Prompt, read_prompts
 from rayfuse.data.sample import DataCounts
 from rayfuse.errors import ConfigError, DataError
@@ -204,10 +206,28 @@ def _make(
             for prompt, prompt_responses in zip(units[index], responses, strict=True):
                 done[prompt.sample.key] = prompt, prompt_responses
             progress.advance(len(units[index]))
+    if isinstance(settings.judge, Posterior):
+        done = _by_consensus(settings.judge, done, console)
     made = Made()
     for key in sorted(done):
         made.add(settings, *done[key])
     return made
+
+
+def _by_consensus(
+    judge: Posterior, done: dict[str, tuple[Prompt, list[Response]]], console: Console
+) -> dict[str, tuple[Prompt, list[Response]]]:
+    """The same, each usable response with the probability that it is right as its score."""
+    keys = [key for key in sorted(done) if any(not response.fault for response in done[key][1])]
+    sampled = [Sampled(done[key][0], [(r.model, r.text) for r in done[key][1] if not r.fault]) for key in keys]
+    found, outcome = posteriors(sampled, judge.equivalence, tests_judge(judge.tests), judge.clusters)
+    for line in estimate_lines(outcome):
+        console.print(line, highlight=False)
+    scored = dict(done)
+    for key, right in zip(keys, found, strict=True):
+        prompt, responses = done[key]
+        scored[key] = prompt, [r if r.fault else replace(r, score=round(right[r.text], 6)) for r in responses]
+    return scored
 
 
 # --- what is shown and written ------------------------------

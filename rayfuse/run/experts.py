@@ -31,18 +31,31 @@ def with_consensus(config: Config, settings: Consensus, console: Console) -> Con
         models = [config.student, *config.teachers]
         check_parity(asked, config.signals.k, SignalStore(config.store_url), console, models)
         make_consensus(config, settings, console)
-    changes = {"data": _rows(config.data, choices)}
-    if config.preferences is None and any(stage.uses_preferences for stage in config.stages):
-        pairs = folder / "pairs.jsonl"
-        if not pairs.stat().st_size:
-            raise DataError(
-                f"the consensus found no prompt with a right answer and a wrong one: {pairs} is empty, and no "
-                "stage can learn from it. Name `preferences`, or leave the stages on preferences out"
-            )
-        changes["preferences"] = _rows(config.data, pairs)
-    return config.model_copy(update=changes)
+    return config.model_copy(update={"data": made_rows(config.data, choices), **preferences_of(config, folder)})
 
 
-def _rows(data: Data, path: Path) -> Data:
+def preferences_of(config: Config, folder: Path) -> dict[str, Data]:
+    """The key `preferences`, where stages learn from pairs or triples and the configuration names none.
+
+    Stages on pairs beside one on triples learn from the triples: a row of three sides holds a pair.
+
+    Raises:
+        DataError: the consensus found none.
+    """
+    sides = [stage.sides for stage in config.stages if stage.uses_preferences]
+    if config.preferences is not None or not sides:
+        return {}
+    three = any(len(names) > 2 for names in sides)
+    path = folder / ("triples.jsonl" if three else "pairs.jsonl")
+    if not path.stat().st_size:
+        lacks = "that a teacher and the pivot answer right, and another answer wrong" if three else ""
+        raise DataError(
+            f"the consensus found no prompt {lacks or 'with a right answer and a wrong one'}: {path} is empty, and no "
+            "stage can learn from it. Name `preferences`, or leave the stages on preferences out"
+        )
+    return {"preferences": made_rows(config.data, path)}
+
+
+def made_rows(data: Data, path: Path) -> Data:
     """Rows that were made from `data`, read by the same rules."""
     return Data(path=str(path), **data.model_dump(include={"max_length", "too_long", "on_bad_row", "unit_size"}))

@@ -153,7 +153,6 @@ def test_a_second_run_asks_nobody_and_chooses_the_same(run, knowing, tmp_path, m
 
 
 WEIGHED = [
-    {"method": "sft", "responses": "data", "sample_weights": "consensus"},
     {"method": "infifusion", "teacher_weights": "consensus", "sample_weights": "consensus"},
     {"method": "bytekd", "teacher_weights": "consensus", "responses": "data"},
 ]
@@ -177,7 +176,7 @@ def test_weights_reach_the_stages_and_a_replayed_run_has_the_same_bits(run, know
     for file in ("consensus/choices.jsonl", "consensus/candidates.jsonl", "model/model.safetensors"):
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes()
     records = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
-    assert [record["stage"] for record in records] == ["01-sft"] * 2 + ["02-infifusion"] * 2 + ["03-bytekd"] * 2
+    assert [record["stage"] for record in records] == ["01-infifusion"] * 2 + ["02-bytekd"] * 2
 
 
 @pytest.mark.slow

@@ -4,11 +4,13 @@ import json
 
 import pytest
 
-from rayfuse.config import Data
+from rayfuse.config import Data, parse_config
 from rayfuse.consensus.candidates import LABEL
 from rayfuse.consensus.outcome import decide
-from rayfuse.consensus.outputs import doubtful_labels, pairs, responses, teacher_weights
+from rayfuse.consensus.outputs import doubtful_labels, pairs, responses, teacher_weights, triples
 from rayfuse.data.rows import read_preferences, read_samples
+from rayfuse.errors import DataError
+from rayfuse.run.experts import preferences_of
 from tests.consensus.simulated import Simulated
 
 
@@ -87,3 +89,42 @@ def test_an_outcome_that_fell_back_gives_labels_and_no_pairs():
     assert [row["provenance"]["response"]["source"] for row in responses(outcome)] == [LABEL] * 20
     assert pairs(outcome) == []
     assert {w for of in teacher_weights(outcome, ["expert 0"]).values() for w in of.values()} == {1.0}
+
+
+def test_triples_have_a_teacher_and_the_pivot_right(world, tmp_path):
+    outcome, truth = world
+    rows = triples(outcome)
+    sides = ("chosen", "chosen_pivot", "rejected")
+    compared, _ = read_preferences(written(rows, tmp_path), sides)
+    assert len(compared) == len(rows) > 200
+    right = set(truth)
+    good = [row["chosen"] in right and row["chosen_pivot"] in right and row["rejected"] not in right for row in rows]
+    assert sum(good) / len(good) > 0.95
+    for row in rows:
+        of = row["provenance"]
+        assert of["chosen"]["source"].startswith("expert")
+        assert of["chosen_pivot"]["source"] == "pivot"
+        assert of["rejected"]["source"] != "pivot"
+    asked, _ = Simulated(prompts=20).draw()
+    assert triples(decide(asked)) == []
+
+
+def test_stages_on_preferences_take_them_without_a_key(tmp_path):
+    tree = {"student": "p", "teachers": ["a"], "data": "d.jsonl", "consensus": {}, "output": str(tmp_path)}
+    for stages, name in (
+        (["infifpo"], "pairs"),
+        (["dpo"], "pairs"),
+        (["wrpo"], "triples"),
+        (["dpo", "wrpo"], "triples"),
+    ):
+        config = parse_config({**tree, "stages": stages})
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+        assert preferences_of(config, tmp_path)["preferences"].path == str(tmp_path / f"{name}.jsonl")
+    named = parse_config({**tree, "stages": ["dpo"], "preferences": "mine.jsonl"})
+    assert preferences_of(named, tmp_path) == {}
+    assert preferences_of(parse_config({**tree, "stages": ["sft"]}), tmp_path) == {}
+    (tmp_path / "triples.jsonl").write_text("")
+    with pytest.raises(
+        DataError, match="no prompt that a teacher and the pivot answer right, and another answer wrong"
+    ):
+        preferences_of(parse_config({**tree, "stages": ["wrpo"]}), tmp_path)
