@@ -12,6 +12,7 @@ from rayfuse.config.consensus import Consensus
 from rayfuse.config.data import Benchmark, Data, Signals
 from rayfuse.config.models import Model, Student
 from rayfuse.config.prefer import Prefer
+from rayfuse.config.recipes import RECIPES
 from rayfuse.config.section import LocalPath, NewPlace, Section, named
 from rayfuse.config.serving import Serving
 from rayfuse.config.stages import AnyStage
@@ -33,9 +34,10 @@ RESERVED_NAMES = ("model", "checkpoints", "initial", "pivot")
 class Config(Section):
     """One run, from data to fused model."""
 
-    recipe: Literal["experts"] | None = Field(
+    recipe: Literal["experts", "papers"] | None = Field(
         None,
-        description="experts: find out who is right (`consensus`) and learn that (`stages`: sft, where none are named)",
+        description="what `stages` (and `consensus`, `signals`) are, where the file does not write them: experts: find "
+        "out who is right, and learn that; papers: infifusion, infigfusion and infifpo, as published",
     )
     student: Student
     teachers: tuple[Teacher, ...] = ()
@@ -59,10 +61,9 @@ class Config(Section):
     @classmethod
     def _recipe_opened(cls, value: Any) -> Any:
         """A recipe's sections, where the file does not write them itself."""
-        if isinstance(value, dict) and value.get("recipe") == "experts":
-            opened = {"consensus": {}, "stages": ["sft"]}
-            return {**value, **{key: section for key, section in opened.items() if value.get(key) is None}}
-        return value
+        opened = RECIPES.get(str(value.get("recipe")), {}) if isinstance(value, dict) else {}
+        missing = {key: section for key, section in opened.items() if value.get(key) is None}
+        return {**value, **missing} if missing else value
 
     @field_validator("output")
     @classmethod
