@@ -3,8 +3,10 @@
     python jobs/bench/consensus.py --cache /tmp/facts --seeds 0 1
 
 Three fields of facts (quickstart/facts.py), three experts and a pivot with the quickstart's tokenizers, plain torch on
-one core: no Ray. The models are made once per world and kept in the cache. One line per method: held-out questions that
-the student answers, by seed, and the share of prompts whose kept text is right.
+one core: no Ray. The models are made once per world and kept in the cache. One line per method: held-out questions
+that the student answers, by seed, and the share of prompts whose kept text is right. With --choose nobody is trained:
+one line per way to choose a text (choosers.py, crowd-kit's among them) and setting, the percent of prompts whose text
+is right.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from choosers import PEERS, Texts, oracle, share_right  # beside this file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rayfuse.consensus.candidates import Answer, Candidates
@@ -144,6 +147,18 @@ def choose_free(folder: Path, asked: list[Candidates], truth: dict[str, str]) ->
     return made
 
 
+def choose_all(asked: list[Candidates], truth: list[str]) -> list[tuple[str, float]]:
+    """(how, percent of prompts whose chosen text is right) of every way to choose, worst first."""
+    chosen: Texts = [answer and answer.text for answer in (one.chosen(0.0) for one in decide(asked).decisions)]
+    found = {how: share_right(choose(asked), truth) for how, choose in PEERS.items()}
+    found |= {
+        "consensus": share_right(chosen, truth),
+        "the label": share_right([one.labels[0].text if one.labels else None for one in asked], truth),
+        "oracle among the teachers": share_right(oracle(asked, truth), truth),
+    }
+    return sorted(found.items(), key=lambda item: item[1])
+
+
 def score(model: Model, held_out: list[dict[str, Any]]) -> float:
     """Percent of held-out questions answered."""
     given = model.answers([row["prompt"] for row in held_out])
@@ -169,6 +184,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="of 32 samples")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate of the student")
     parser.add_argument("--free", action="store_true", help="only choose, as if no two answers could be compared")
+    parser.add_argument("--choose", action="store_true", help="only choose, by every way there is")
     parser.add_argument("--models", action="store_true", help="only make the models and say how good they are")
     parser.add_argument("--quick", action="store_true", help="hardly any training: only to see that it runs")
     arguments = parser.parse_args()
@@ -200,7 +216,7 @@ def run_seed(folder: Path, seed: int, arguments: argparse.Namespace, lines: dict
             json.dumps({"world": folder.name, "method": method, "points": round(points, 2), "note": note}), flush=True
         )
 
-    for name in () if arguments.free else (*EXPERTS, "pivot"):
+    for name in () if arguments.free or arguments.choose else (*EXPERTS, "pivot"):
         model = Model(folder / name)
         for field in facts.FIELDS:
             add(f"{name} on {field}", score(model, [row for row in held_out if row["skill"] == field]))
@@ -219,6 +235,12 @@ def run_seed(folder: Path, seed: int, arguments: argparse.Namespace, lines: dict
             asked_of = candidates(facts.labelled(world, seed, **SETTINGS[setting]), answers)  # type: ignore[arg-type]
             for how, points, note in choose_free(folder, asked_of, truth):
                 add(f"{setting}: {how}", points, note)
+        return
+    if arguments.choose:
+        for setting in arguments.settings:
+            asked_of = candidates(facts.labelled(world, seed, **SETTINGS[setting]), answers)  # type: ignore[arg-type]
+            for how, points in choose_all(asked_of, [row["response"] for row in train]):
+                add(f"{setting}: {how}", points)
         return
     student("SFT on clean labels, all prompts", train)
     student("SFT on the surest teacher's answers", surest(train, answers))
