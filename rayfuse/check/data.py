@@ -19,6 +19,7 @@ from rayfuse.models.loading import (
     load_tokenizer,
     refuse_unloadable,
 )
+from rayfuse.prepare.weights import refuse_without_weights
 
 if TYPE_CHECKING:
     from rayfuse.prepare.measure import Size
@@ -49,7 +50,17 @@ def check_data(config: Config) -> Iterator[Finding]:
     yield from _as_read("data", parts)
     samples = [sample for part in parts for sample in part.items]
     counts = add_counts([part.counts for part in parts])
+    yield from _check_weights(config, samples)
     yield from _check_samples(config, "data", config.data, samples[:FIRST_SAMPLES], counts)
+
+
+def _check_weights(config: Config, samples: Sequence[Sample]) -> Iterator[Finding]:
+    """Rows carry the weights that stages read, where no consensus of the run makes them."""
+    weighs = {kind for stage in config.stages for kind in stage.weighs}
+    try:
+        refuse_without_weights(samples, [teacher.name for teacher in config.teachers], weighs)
+    except DataError as error:
+        yield Finding("data", str(error))
 
 
 def _check_candidates(config: Config) -> Iterator[Finding]:
@@ -69,6 +80,11 @@ def _check_candidates(config: Config) -> Iterator[Finding]:
             yield Finding(
                 "consensus", f"{teacher.name} is only its stored signals: it answers nothing, its weight is 0", False
             )
+    silent = [teacher.name for teacher in config.teachers if teacher.stored is not None]
+    for index, stage in enumerate(config.stages):
+        if silent and "teachers" in stage.weighs:
+            text = f"learns nothing from {', '.join(silent)}, which answer nothing and so have weight 0; for their"
+            yield Finding(f"stages.{index}", f"{text} signals set teacher_weights: uniform", False)
     if len(prompts) < LEAST_PROMPTS:
         text = f"{len(prompts)} prompts are too few to learn who is right ({LEAST_PROMPTS} are needed)"
         yield Finding("consensus", f"{text}: the labels are learnt as they are", False)
