@@ -13,6 +13,10 @@ class ConfigError(RayfuseError, ValueError):
     """A run's YAML file or an override is wrong."""
 
 
+class PlanError(RayfuseError, ValueError):
+    """A run cannot be planned: something that its cost depends on is not known."""
+
+
 class DataError(RayfuseError, ValueError):
     """A data set cannot be read, or one of its rows is malformed."""
 

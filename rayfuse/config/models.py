@@ -27,6 +27,11 @@ class Model(Section):
     trust_remote_code: Place | None = Field(
         None, description="repeat the model's name here to run the Python code that ships with it; never on by default"
     )
+    shape: dict[str, JsonValue] | Place | None = Field(
+        None,
+        description="for `rayfuse plan` where the model cannot be reached: a config.json, or its sizes as that file has "
+        "them, {model_type: qwen2, hidden_size: 5120, ...}",
+    )
     template: dict[str, JsonValue] = Field(
         {}, description="arguments of the chat template besides the conversation, for example {enable_thinking: false}"
     )

@@ -29,6 +29,7 @@ __all__ = [
     "WEIGHT_FILES",
     "context_length",
     "empty_causal_lm",
+    "empty_model",
     "inspect_model",
     "load_causal_lm",
     "load_model_config",
@@ -228,6 +229,24 @@ def inspect_model(model: Model) -> tuple[Any, list[str]]:
     _refuse_incomplete(model, empty, info)
     check_architecture(empty)
     return empty, sorted(info["unexpected_keys"])
+
+
+def empty_model(config: Any, name: str) -> Any:
+    """The language model of a transformers configuration on the meta device: names and shapes of parameters, no values.
+
+    Raises:
+        ModelError: transformers has no causal language model of this configuration, or cannot build it.
+    """
+    import torch
+
+    auto = _auto_class(config)
+    if auto is None:
+        raise ModelError(f"{name} ({config.model_type}) is not a causal language model")
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except Exception as error:  # each architecture has its own conditions
+        raise ModelError(f"cannot build the architecture of {name}: {type(error).__name__}: {error}") from error
 
 
 def refuse_unloadable(model: Model, config: Any) -> None:
