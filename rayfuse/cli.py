@@ -43,6 +43,43 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs to plan for: 1 to 8, or nodes of 8", show_default="the student's")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="their name, for example h800 or rtx4090", show_default="as this machine has")
+    ] = None,
+    cluster: Annotated[Path | None, typer.Option(help="a YAML file in place of both: gpu, nodes, ...")] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="rows of the data", min=1, show_default="counted where they are here")
+    ] = None,
+    length: Annotated[
+        float | None, typer.Option(help="mean student tokens of a sample", min=1, show_default="max_length")
+    ] = None,
+    price: Annotated[float | None, typer.Option(help="of a GPU hour", min=0)] = None,
+    fit: Annotated[Path | None, typer.Option(help="write the configuration with the settings chosen here")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+) -> None:
+    """Say what a run will need and cost, from configurations and weight headers alone; status 1 where it does not fit."""
+    from rayfuse.plan.command import chosen_hardware, write_fit
+    from rayfuse.plan.estimate import estimate
+    from rayfuse.plan.page import plan_json, plan_lines
+
+    resolved = load_config(config, overrides or [])
+    made = estimate(resolved, chosen_hardware(resolved, gpus, gpu, cluster), samples=samples, length=length)
+    console = make_console(plain=True)
+    for line in [plan_json(made, price)] if as_json else plan_lines(made, price):
+        console.print(line)
+    if fit is not None:
+        write_fit(made, config, overrides or [], fit)
+    if made.faults:
+        raise typer.Exit(1)
+
+
+@app.command()
 def fuse(
     config: ConfigFile,
     overrides: Overrides = None,

@@ -25,7 +25,6 @@ from rayfuse.plan.time import (
     teacher_seconds,
 )
 
-
 # --- the page ------------------------------
 
 

@@ -42,6 +42,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file cannot be read, is not YAML, or breaks the schema; every fault is named.
     """
+    return parse_config(load_tree(path, overrides), str(path))
+
+
+def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys and values of a run's YAML file, overrides applied, and not checked yet; see `load_config`."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -54,7 +59,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} must hold keys and values (student, data, stages, output ...), not {tree!r:.80}")
     for override in overrides:
         apply_override(tree, override)
-    return parse_config(tree, str(path))
+    return tree
 
 
 def parse_config(tree: dict[str, Any], where: str = "configuration") -> Config:

@@ -17,7 +17,7 @@ from rayfuse.config.section import LocalPath, NewPlace, Section, named
 from rayfuse.config.serving import Serving
 from rayfuse.config.stages import AnyStage
 from rayfuse.config.stages.base import Stage
-from rayfuse.config.teachers import Teacher
+from rayfuse.config.teachers import Replicas, Teacher
 
 
 class Cluster(Section):
@@ -201,4 +201,7 @@ def as_reference(config: Config, name: str, folder: str | None = None) -> Teache
     """
     teacher = as_teacher(config, name, folder)
     compute = None if config.student.dtype == "float32" else config.student.dtype
-    return teacher.model_copy(update={"dtype": "float32", "autocast": compute})
+    # Where the teachers work first, the student's places are free meanwhile.
+    copies = config.student.workers if config.serving.mode == "first" else 1
+    changes = {"dtype": "float32", "autocast": compute, "replicas": Replicas(max=copies)}
+    return teacher.model_copy(update=changes)

@@ -25,12 +25,14 @@ class Activations:
         layer: kept by one layer where its activations are not recomputed.
         inputs: a layer's input, all that is kept of it where they are.
         largest: the largest tensor that a layer keeps: its gradient is as large.
+        casts: of `layer`, the weights' copies in the pass's number format, which autocast makes.
     """
 
     outside: int
     layer: int
     inputs: int
     largest: int
+    casts: int = 0
 
     def kept(self, layers: int, *, checkpointing: bool) -> int:
         """At the end of the forward pass."""
@@ -54,6 +56,16 @@ def activations(shape: Shape, batch: int, length: int, dtype: str, *, autocast: 
     Raises:
         PlanError: the architecture's forward depends on values, so that it cannot be run on shapes.
     """
+    key = (shape.name, shape.origin, shape.parameters, batch, length, dtype, autocast)
+    if key not in _counted:
+        _counted[key] = _count(shape, batch, length, dtype, autocast)
+    return _counted[key]
+
+
+_counted: dict[tuple[object, ...], Activations] = {}
+
+
+def _count(shape: Shape, batch: int, length: int, dtype: str, autocast: bool) -> Activations:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -61,7 +73,7 @@ def activations(shape: Shape, batch: int, length: int, dtype: str, *, autocast: 
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = _two_layers(shape, torch.float32 if autocast else precision)
         decoder = text_decoder(model).train()
-        watch = _Kept({p.untyped_storage()._cdata for p in model.parameters()})
+        watch = _Kept(list(model.parameters()))
         for layer in getattr(decoder, "layers", None) or decoder.h:
             layer.register_forward_pre_hook(lambda *_: watch.mark())
             layer.register_forward_hook(lambda *_: watch.mark())
@@ -85,6 +97,7 @@ def activations(shape: Shape, batch: int, length: int, dtype: str, *, autocast: 
             layer=layer,
             inputs=batch * length * shape.hidden * element,
             largest=watch.largest,
+            casts=watch.casts // 2,
         )
 
 
@@ -108,11 +121,11 @@ def _two_layers(shape: Shape, precision: Any) -> Any:
 class _Kept:
     """Bytes of the storages that autograd keeps, parameters left out, each counted once."""
 
-    def __init__(self, parameters: set[int]) -> None:
-        self.parameters = parameters
+    def __init__(self, parameters: list[Any]) -> None:
+        self.parameters = {p.untyped_storage()._cdata for p in parameters}
+        self.shapes = {frozenset(p.shape) for p in parameters if p.dim() == 2}
         self.seen: dict[int, Any] = {}  # the storages themselves, so that no number is used again
-        self.total = 0
-        self.largest = 0
+        self.total = self.largest = self.casts = 0
         self.marks: list[int] = []
 
     def pack(self, tensor: Any) -> Any:
@@ -121,6 +134,8 @@ class _Kept:
             self.seen[storage._cdata] = storage
             self.total += storage.nbytes()
             self.largest = max(self.largest, storage.nbytes())
+            if tensor.dim() == 2 and frozenset(tensor.shape) in self.shapes:
+                self.casts += storage.nbytes()
         return tensor
 
     def mark(self) -> None:

@@ -154,7 +154,9 @@ def named_gpus(gpus: int, gpu: str) -> Hardware:
     if gpu.lower() not in GPUS:
         raise PlanError(f"--gpu {gpu} is not known; there are: {', '.join(GPUS)}. Describe another by --cluster FILE")
     if gpus < 1 or (gpus > 8 and gpus % 8):
-        raise PlanError(f"--gpus {gpus}: give 1 to 8, or a multiple of 8 (nodes of 8); describe others by --cluster FILE")
+        raise PlanError(
+            f"--gpus {gpus}: give 1 to 8, or a multiple of 8 (nodes of 8); describe others by --cluster FILE"
+        )
     return Hardware(GPUS[gpu.lower()], max(1, gpus // 8), min(gpus, 8))
 
 

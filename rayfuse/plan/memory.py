@@ -42,6 +42,7 @@ class Setup:
         length: tokens of the longest.
         micro_steps: of a rank in an optimiser step.
         lse_gradient: whether the loss needs the gradient of the log-sum-exp, or is taken in backward.
+        offload: none, or what is in the host's memory: optimizer, or all (optimiser and weights).
     """
 
     engine: str
@@ -53,6 +54,7 @@ class Setup:
     length: int
     micro_steps: int = 1
     lse_gradient: bool = False
+    offload: str = "none"
 
     @property
     def tokens(self) -> int:
@@ -66,6 +68,7 @@ class Setup:
 
     def __str__(self) -> str:
         name = f"{self.engine} ZeRO-{self.zero_stage}" if self.engine == "deepspeed" else self.engine
+        name += f", offload {self.offload}" if self.offload != "none" else ""
         return f"{name}, {'' if self.checkpointing else 'no '}gradient checkpointing, units of {self.batch}"
 
 
@@ -100,7 +103,7 @@ class Memory:
     @property
     def fits(self) -> bool:
         """Whether there is room for it."""
-        return self.total <= self.room
+        return self.total <= self.room * (1 + 1e-9)
 
 
 def _memory(what: str, terms: Sequence[Term], room: float) -> Memory:
@@ -127,15 +130,24 @@ def model_states(parameters: float, setup: Setup) -> tuple[float, float, float]:
     )
 
 
+def on_host(parameters: float, setup: Setup) -> float:
+    """Bytes of a rank's weights and optimiser in the host's memory."""
+    weights, _, optimiser = model_states(parameters, setup)
+    return {"none": 0.0, "optimizer": optimiser, "all": weights + optimiser}[setup.offload]
+
+
 def student_activations(shape: Shape, setup: Setup) -> Activations:
-    """What a micro-step keeps; see `activations`."""
-    return activations(shape, setup.batch, setup.length, setup.dtype, autocast=setup.engine != "deepspeed")
+    """What a micro-step keeps; see `activations`. fsdp2 gathers a layer in the pass's format: autocast copies none."""
+    acts = activations(shape, setup.batch, setup.length, setup.dtype, autocast=setup.engine != "deepspeed")
+    return replace(acts, layer=acts.layer - acts.casts, casts=0) if setup.engine == "fsdp2" else acts
 
 
 def student_memory(shape: Shape, setup: Setup, device: Device) -> Memory:
     """The fullest moment of a student rank: in the head, when all activations are there, or when all gradients are."""
     weights, gradients, optimiser = model_states(shape.parameters, setup)
     _, gradients, optimiser = (part * shape.trained / shape.parameters for part in (weights, gradients, optimiser))
+    if setup.offload != "none":
+        optimiser, weights = 0.0, weights if setup.offload == "optimizer" else 0.0
     acts = student_activations(shape, setup)
     kept = acts.kept(shape.layers, checkpointing=setup.checkpointing)
     head = head_terms(shape, setup, device)
@@ -189,7 +201,8 @@ def _communication(shape: Shape, setup: Setup) -> list[Term]:
         return [Term("communication buckets", 4 * shape.trained, "DDP's copy of the gradients")]
     terms = []
     if setup.zero_stage >= 3:
-        gathered = element * (2 * shape.layer + shape.head)
+        output = 4 if setup.engine == "fsdp2" else element  # the root's weights stay float32 there
+        gathered = element * 2 * shape.layer + output * shape.head
         terms.append(Term("gathered parts", gathered, "two layers and the output layer, whole"))
     buffer = BUCKET if setup.engine == "deepspeed" else 2 * shape.layer
     terms.append(Term("communication buckets", element * min(buffer, shape.trained), "gradients on their way"))

@@ -174,7 +174,7 @@ def from_sizes(sizes: Mapping[str, Any]) -> Any:
     """
     from transformers import CONFIG_MAPPING
 
-    kind = sizes.get("model_type")
+    kind = str(sizes.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ModelError(f"shape has model_type {kind!r}, which transformers does not know")
     values = {key: value for key, value in sizes.items() if key != "model_type"}

@@ -50,6 +50,11 @@ def stage_data(config: Config, stage: Stage) -> Data:
     return config.preferences if stage.uses_preferences and config.preferences is not None else config.data
 
 
+def section_name(config: Config, stage: Stage) -> str:
+    """The name of that section."""
+    return "preferences" if stage_data(config, stage) is config.preferences else "data"
+
+
 def count_samples(config: Config, stage: Stage) -> int:
     """Rows of a stage's data, weights applied: by the files where they are here, by `limit`, or what its steps read.
 

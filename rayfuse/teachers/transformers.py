@@ -130,7 +130,9 @@ class TransformersTeacher(Backend):
         return answers
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.teacher.autocast is not None)
+        # A forward uses each weight once: copies of all of them, which the cache would keep, are half the model again.
+        on = self.teacher.autocast is not None
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=on, cache_enabled=False)
 
     def _forward(self, batch: list[Rendered]) -> list[TopKSignals]:
         T = max(item.length for item in batch) - 1  # the end-of-turn token itself is predicted, never read
