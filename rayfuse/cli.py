@@ -63,7 +63,7 @@ def plan(
     fit: Annotated[Path | None, typer.Option(help="write the configuration with the settings chosen here")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
-    """Say what a run will need and cost, from configurations and weight headers alone; status 1 where it does not fit."""
+    """Say what a run will need and cost, from configurations and weight headers alone; status 1: it does not fit."""
     from rayfuse.plan.command import chosen_hardware, write_fit
     from rayfuse.plan.estimate import estimate
     from rayfuse.plan.page import plan_json, plan_lines

@@ -23,6 +23,25 @@ SERVE_OVERHEAD_CPUS = 1.0
 """Serve's controller and Ray Train's controller."""
 
 
+ROLE = "rayfuse-role"
+"""Label of a node: `teachers` or `student`. Label the nodes of both, or none; a head is not labelled."""
+
+
+def role_selector(role: str) -> dict[str, str]:
+    """Ray's label selector by which teachers (`teachers`) or student ranks (`student`) find their nodes.
+
+    Where nodes have the role, those; where only the other role is there (the nodes of this one may come yet), any node
+    that does not have the other; where no node is labelled, all.
+    """
+    if not ray.is_initialized():
+        return {}
+    roles = {node.get("Labels", {}).get(ROLE) for node in ray.nodes() if node["Alive"]} - {None}
+    other = {"teachers": "student", "student": "teachers"}[role]
+    if role in roles:
+        return {ROLE: role}
+    return {ROLE: f"!{other}"} if other in roles else {}
+
+
 def connect(config: Config) -> bool:
     """Connect to the cluster that the configuration or RAY_ADDRESS names, or start an embedded one.
 
@@ -199,7 +218,14 @@ def teacher_deployment(teacher: Teacher, bounds: tuple[int, int] | None = None) 
     actor: dict[str, Any] = {"num_cpus": teacher.cpus, "num_gpus": teacher.gpus}
     if teacher.runtime_env is not None:
         actor["runtime_env"] = teacher_environment(teacher)
-    group = {"placement_group_bundles": [{"CPU": teacher.cpus, "GPU": teacher.gpus}]} if teacher.gpus > 1 else {}
+    where, group = role_selector("teachers"), dict[str, Any]()
+    if teacher.gpus > 1:
+        group["placement_group_bundles"] = [{"CPU": teacher.cpus, "GPU": teacher.gpus}]
+        group["placement_group_strategy"] = "STRICT_PACK"
+        if where:
+            group["placement_group_bundle_label_selector"] = [where]
+    elif where:
+        actor["label_selector"] = where
     return {
         "ray_actor_options": actor,
         **group,
@@ -223,8 +249,10 @@ def teacher_deployment(teacher: Teacher, bounds: tuple[int, int] | None = None) 
 
 
 def student_group(student: Student) -> dict[str, Any]:
-    """Arguments of the student group's ScalingConfig."""
+    """Arguments of the student group's ScalingConfig: on the students' nodes, on as few of them as can be."""
     resources: dict[str, float] = {"CPU": student.cpus}
     if student.gpus:
         resources["GPU"] = student.gpus
-    return {"num_workers": student.workers, "use_gpu": student.gpus > 0, "resources_per_worker": resources}
+    group = {"num_workers": student.workers, "use_gpu": student.gpus > 0, "resources_per_worker": resources}
+    where = role_selector("student")
+    return {**group, "placement_strategy": "PACK", **({"label_selector": where} if where else {})}

@@ -29,8 +29,8 @@ class Model(Section):
     )
     shape: dict[str, JsonValue] | Place | None = Field(
         None,
-        description="for `rayfuse plan` where the model cannot be reached: a config.json, or its sizes as that file has "
-        "them, {model_type: qwen2, hidden_size: 5120, ...}",
+        description="for `rayfuse plan` where the model cannot be reached: a config.json, or its sizes as that file "
+        "has them, {model_type: qwen2, hidden_size: 5120, ...}",
     )
     template: dict[str, JsonValue] = Field(
         {}, description="arguments of the chat template besides the conversation, for example {enable_thinking: false}"

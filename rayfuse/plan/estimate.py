@@ -19,8 +19,8 @@ from rayfuse.plan.work import Work, count_samples, section_name, stage_data, sta
 INITIAL = "initial"
 """What the plan calls the model that a preference stage starts from, which scores as a teacher does."""
 PAPERS = {"sft": 145.0, "infifusion": 160.0, "infigfusion": 195.0, "infifpo": 58.0}
-"""H800 hours of the papers for Phi-4 with three teachers (InfiFPO: five) and 130k samples of up to 4k tokens: InfiFusion,
-arXiv 2501.02795; InfiGFusion, arXiv 2505.13893; InfiFPO, arXiv 2505.13878."""
+"""H800 hours of the papers for Phi-4 with three teachers (InfiFPO: five) and 130k samples of up to 4k tokens:
+InfiFusion, arXiv 2501.02795; InfiGFusion, arXiv 2505.13893; InfiFPO, arXiv 2505.13878."""
 
 
 @dataclass(frozen=True)
@@ -326,8 +326,8 @@ def _faults(
     if most > hardware.devices:
         advice = "lower them" if config.serving.mode == "first" else "lower them, or set serving.mode: first"
         faults.append(
-            f"{most:g} devices are asked for at a time ({', '.join(f'{k} {v:g}' for k, v in asked.items())}), and there "
-            f"are {hardware.devices}; {advice}"
+            f"{most:g} devices are asked for at a time ({', '.join(f'{k} {v:g}' for k, v in asked.items())}), and "
+            f"there are {hardware.devices}; {advice}"
         )
     return faults
 

@@ -61,8 +61,8 @@ GPUS = {
     "rtx4090": _gpu("RTX 4090", 24, 165, 1008, 32),
     "t4": _gpu("T4", 16, 65, 300, 16),
 }
-"""By NVIDIA's data sheets: memory (GB), bfloat16 (T4: float16) without sparsity (TFLOP/s), memory bandwidth (GB/s), NVLink
-or PCIe each way (GB/s; H800: DeepSeek-V3 report, arXiv 2412.19437)."""
+"""By NVIDIA's data sheets: memory (GB), bfloat16 (T4: float16) without sparsity (TFLOP/s), memory bandwidth (GB/s),
+NVLink or PCIe each way (GB/s; H800: DeepSeek-V3 report, arXiv 2412.19437)."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def named_gpus(gpus: int, gpu: str) -> Hardware:
         raise PlanError(f"--gpu {gpu} is not known; there are: {', '.join(GPUS)}. Describe another by --cluster FILE")
     if gpus < 1 or (gpus > 8 and gpus % 8):
         raise PlanError(
-            f"--gpus {gpus}: give 1 to 8, or a multiple of 8 (nodes of 8); describe others by --cluster FILE"
+            f"--gpus {gpus}: give 1 to 8, or a multiple of 8 (nodes of 8); or describe them by --cluster FILE"
         )
     return Hardware(GPUS[gpu.lower()], max(1, gpus // 8), min(gpus, 8))
 

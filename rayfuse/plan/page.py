@@ -62,8 +62,8 @@ def _time_lines(plan: Plan) -> Iterator[str]:
         else f"{PROCESSOR_USE:.0%} of it, and activations through memory"
     )
     yield (
-        f"roofline   {device.peak / 1e12:,.3g} TFLOP/s each, {uses}; memory {device.bandwidth / GB:,.0f} GB/s; teachers' "
-        "answers are computed once"
+        f"roofline   {device.peak / 1e12:,.3g} TFLOP/s each, {uses}; memory {device.bandwidth / GB:,.0f} GB/s; "
+        "teachers' answers are computed once"
     )
     kind = "mean, as given" if plan.measured else "every sample as long as max_length: an upper bound, see --length"
     yield f"length     {plan.length:,.0f} tokens a sample ({kind})"
