@@ -60,9 +60,9 @@ def test_an_embedded_ray_that_never_starts_says_so(monkeypatch):
 
 def _nodes(*roles):
     labels = [{} if role is None else {cluster.ROLE: role} for role in roles]
-    return lambda: [{"Alive": True, "Labels": one} for one in labels] + [
-        {"Alive": False, "Labels": {cluster.ROLE: "teachers"}}
-    ]
+    return lambda: (
+        [{"Alive": True, "Labels": one} for one in labels] + [{"Alive": False, "Labels": {cluster.ROLE: "teachers"}}]
+    )
 
 
 @pytest.mark.parametrize(

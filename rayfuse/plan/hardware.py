@@ -107,8 +107,8 @@ class ClusterFile(Section):
         own = (self.memory_gb, self.tflops, self.memory_gb_s, self.link_gb_s)
         if (self.gpu or "").lower() not in GPUS and None in own:
             raise ValueError(
-                f"gpu {self.gpu!r} is not known ({', '.join(GPUS)}); of another give memory_gb, tflops, memory_gb_s and "
-                "link_gb_s"
+                f"gpu {self.gpu!r} is not known ({', '.join(GPUS)}); of another give memory_gb, tflops, memory_gb_s "
+                "and link_gb_s"
             )
         return self
 

@@ -31,10 +31,12 @@ NOT_THE_RESULT = (
     "student.workers",  # the global batches stay the same, and so does the result but for the order of sums
     "student.zero_stage",
     "student.offload",
+    "student.shape*",
     "stages.*.save_every",
     "stages.*.keep",
     "stages.*.merge.parallel",
     "teachers.*.replicas.*",
+    "teachers.*.shape*",
     "teachers.*.patience_s",
     "teachers.*.unit_timeout_s",
     "teachers.*.parity.*",
