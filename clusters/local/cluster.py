@@ -5,8 +5,8 @@
     rayfuse fuse run.yaml                                     or: ray job submit ... (the dashboard: 127.0.0.1:28265)
     python clusters/local/cluster.py down
 
-The head has no CPUs for tasks; every other node offers --cpus logical CPUs and has the label rayfuse-role. All listen on
-this machine only. `down` ends what `up` started and nothing else.
+The head has no CPUs for tasks; every other node offers --cpus logical CPUs and has the label rayfuse-role. All listen
+on this machine only. `down` ends what `up` started and nothing else.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def named_gpus(gpus: int, gpu: str) -> Hardware:
 def this_machine(threads: int = 1, workers: int = 1) -> Hardware:
     """The processors of this machine, as one device per worker of `threads` cores that share its memory.
 
-    Products and copies are timed for about half a second: how fast float32 is here, nothing else tells.
+    Products and copies are timed for about a second: how fast float32 is here, nothing else tells.
     """
     import psutil
 
@@ -181,7 +181,7 @@ def this_machine(threads: int = 1, workers: int = 1) -> Hardware:
     return Hardware(device, 1, workers)
 
 
-def measure_processor(threads: int, seconds: float = 0.2) -> tuple[float, float]:
+def measure_processor(threads: int, seconds: float = 0.5) -> tuple[float, float]:
     """FLOP/s of a float32 product, and bytes/s of an in-place sum (two reads, one write), on `threads` cores."""
     import torch
 

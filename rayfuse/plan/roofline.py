@@ -14,8 +14,8 @@ STUDENT_USE = 0.40
 """Assumed share of a GPU's peak in training: every FLOP counted, recomputation too."""
 TEACHER_USE = 0.50
 """The same in a forward pass over whole sequences."""
-PROCESSOR_USE = 0.85
-"""Of the float32 products of a processor, whose peak is measured here."""
+PROCESSOR_USE = 0.65
+"""Of a processor, whose best float32 product is measured here; chosen by jobs/bench/plan.py."""
 TEACHER_TOKENS = 1.08
 """Assumed tokens of a teacher per student token."""
 TEACHER_PADDING = 0.09

@@ -38,6 +38,7 @@ SCRIPTS = {
         [],
         [r"^  TRL ULD extended, hybrid .* x", r"^  MultiLevelOT .* x", r"^  rayfuse ULD aligned .* 1\.00 x"],
     ),
+    "plan": ([], [r"^tiny .* memory, MB: predicted .* ratio .* step, s: predicted .* ratio"]),
     "start": ([], [r"^import, check +\d", r"^check teachers +\d", r"^01-infifusion +\d", r"^all +\d"]),
     "wait": ([], [r"^1 replicas, 0\.50 x .* waits .* %", r"^2 replicas, 1\.00 x"]),
     "consensus": (["--cache"], [r"^f0 +SFT on labels, 30% wrong +\d", r"^f0 +SFT on chosen answers, 30% wrong +\d"]),

@@ -1,4 +1,4 @@
-"""The files of clusters/: valid by Ray's schema and by the fields of KubeRay's custom resources, and true to the code."""
+"""The files of clusters/: valid by Ray's schema and KubeRay's fields, and true to the code."""
 
 import ast
 import json

@@ -45,7 +45,7 @@ def test_each_role_has_its_node_and_the_head_has_neither(tiny, tmp_path, nodes):
     named = IdentifiedTeacher(teacher, fingerprint(teacher, K))
     samples = read_samples(Data(path=str(tiny.root / "train.jsonl"), limit=8))[0]
     with borrowed([named], K):
-        TeacherClient(*named).score(samples)()
+        TeacherClient(named).score(samples)()
         replicas = [actor for actor in list_actors() if "TeacherReplica" in str(actor.name) + str(actor.class_name)]
         replicas = replicas or [actor for actor in list_actors() if teacher.name in str(actor.name)]
         assert {actor.node_id for actor in replicas if actor.state == "ALIVE"} == {nodes["teachers"]}
