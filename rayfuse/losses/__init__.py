@@ -1,5 +1,6 @@
 """The losses of fusion: pure torch functions that know nothing of Ray."""
 
+from rayfuse.losses.divergence import UNUSED, advantage_losses, cell_logps, divergences, used_columns
 from rayfuse.losses.fpo import fpo_loss, fuse_logps, fuse_pairs, wrpo_loss
 from rayfuse.losses.fused_head import HeadOutput, fused_head
 from rayfuse.losses.gld import gauge, gld_distance, gld_features, gld_loss
@@ -10,8 +11,12 @@ from rayfuse.losses.topk import TeacherTopK, teacher_topk
 from rayfuse.losses.uld import uld_distances, uld_loss
 
 __all__ = [
+    "UNUSED",
     "HeadOutput",
     "TeacherTopK",
+    "advantage_losses",
+    "cell_logps",
+    "divergences",
     "fpo_loss",
     "fuse_logps",
     "fuse_pairs",
@@ -28,5 +33,6 @@ __all__ = [
     "token_logps",
     "uld_distances",
     "uld_loss",
+    "used_columns",
     "wrpo_loss",
 ]
