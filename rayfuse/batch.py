@@ -47,6 +47,29 @@ class TeacherTarget:
 
 
 @dataclass(frozen=True)
+class RolloutTarget:
+    """What the teachers say of texts that the student wrote, on `picks`; see prepare/routed.py.
+
+    Attributes:
+        own: [N] bool: positions of texts that the student wrote; the others are learnt as they are written.
+        taught: [N] bool: own positions at which the teachers' distribution is known.
+        cells: [N, M] int64: the cell that a pick belongs to, -1: none.
+        mass: [N, M] float32: the teachers' probability of each cell; a row adds up to at most 1.
+        chunks: [N] int64: the chunk of an own position, -1: none.
+        chunk_logps: [N] float32: the teacher's log-probability of that whole chunk.
+        counts: [N] float32: how much the position counts.
+    """
+
+    own: np.ndarray
+    taught: np.ndarray
+    cells: np.ndarray
+    mass: np.ndarray
+    chunks: np.ndarray
+    chunk_logps: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True)
 class FusionBatch:
     """One unit as the student consumes it: B samples, T tokens with padding, N predicted positions.
 
@@ -61,6 +84,7 @@ class FusionBatch:
         mass: float32 [N, M] or None: the teachers' probabilities on `picks`, each row summing to 1; column 0 of the
             picks is then the label.
         sample_weights: [B] float32 or None: how much each sample counts; None: all alike.
+        rollouts: what the teachers say of the student's own texts, or None.
         stats: what it took: teacher name -> samples forwarded and found in the store, cut prompts.
     """
 
@@ -73,6 +97,7 @@ class FusionBatch:
     picks: np.ndarray | None = None
     mass: np.ndarray | None = None
     sample_weights: np.ndarray | None = None
+    rollouts: RolloutTarget | None = None
     stats: dict[str, float] = field(default_factory=dict)
 
     @property

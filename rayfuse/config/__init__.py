@@ -40,6 +40,7 @@ from rayfuse.config.stages.baselines import (
     WassersteinKL,
 )
 from rayfuse.config.stages.fusion import SFT, ByteKD, InfiFusion, InfiGFusion, Trust
+from rayfuse.config.stages.on_policy import OnPolicy
 from rayfuse.config.stages.preferences import DPO, WRPO, FusedPreference, InfiFPO, Preference
 from rayfuse.config.teachers import VLLM, Parity, Replicas, Teacher
 
@@ -74,6 +75,7 @@ __all__ = [
     "MiniLogit",
     "Model",
     "MultiLevelOT",
+    "OnPolicy",
     "Parity",
     "Place",
     "Posterior",

@@ -127,9 +127,23 @@ class Config(Section):
             if stage.pairwise is not None and len(self.teachers) < 2:
                 raise ValueError(f"{where} merges a student per teacher, and needs two teachers or more (there is 1)")
             fault = stage.ranks_fault(self.signals.k) or stage.weights_fault(self.teachers)
+            if stage.writes:
+                fault = fault or self._unread_fault() or stage.writing_fault(data.max_length)
             if fault:
                 raise ValueError(f"{where}: {fault}")
         return self
+
+    def _unread_fault(self) -> str:
+        """Why the teachers cannot read what a student in training writes; empty where they can."""
+        stored = [teacher.name for teacher in self.teachers if teacher.stored is not None]
+        if stored:
+            return (
+                f"of {', '.join(stored)} there are only stored signals, and the student's own texts are new; give a "
+                "teacher that answers, or leave it out"
+            )
+        if self.serving.mode == "first":
+            return "serving.mode: first lets the teachers go before the student writes; use serving.mode: online"
+        return ""
 
     @model_validator(mode="after")
     def _consensus_is_possible(self) -> Config:
@@ -176,6 +190,11 @@ class Config(Section):
     def store_url(self) -> str:
         """Where the signals are kept."""
         return self.signals.store or str(Path(self.output) / "signals")
+
+    @property
+    def rollouts_url(self) -> str:
+        """Where the texts are kept that a student in training wrote."""
+        return f"{self.signals.store.rstrip('/')}-rollouts" if self.signals.store else f"{self.output}/rollouts"
 
     def stage_folder(self, index: int) -> Path:
         """The folder of stage `index` inside the run folder, for example `stages/01-sft`."""

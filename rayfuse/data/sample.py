@@ -65,13 +65,17 @@ class Weights:
     Attributes:
         sample: p(the response is right), from 0 to 1; None where the row does not say.
         teachers: (name, p(that teacher is right on the prompt)) in the order of the names; None likewise.
+        only: the one teacher that counts, where the row names one.
     """
 
     sample: float | None = None
     teachers: tuple[tuple[str, float], ...] | None = None
+    only: str = ""
 
     def teacher(self, name: str) -> float | None:
         """A teacher's weight; None where the row does not say."""
+        if self.only:
+            return float(name == self.only)
         return next((weight for teacher, weight in self.teachers or () if teacher == name), None)
 
 

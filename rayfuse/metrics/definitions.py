@@ -59,6 +59,14 @@ CUT = Metric("cut", "prompts cut from the left", "samples", shown="data")
 DAMAGED = Metric("damaged", "damaged entries of the signal store, asked again", "entries", shown="data")
 DISTANCE_RATIO = Metric("distance_ratio", "gradient of the distance", "times SFT's", shown="start")
 LAM = Metric("lam", "weight of the distillation term", "share", shown="start")
+ROLLOUT_SHARE = Metric("rollout_share", "texts that the student wrote", "share of the samples", reduce="mean")
+ROLLOUT_TOKENS = Metric("rollout_tokens", "tokens that the student wrote", "tokens, ends of turns left out")
+ROLLOUT_AGE = Metric("rollout_age", "age of the rollouts", "optimiser steps, at most", reduce="max")
+ROLLOUT_UNFINISHED = Metric("rollout_unfinished", "rollouts that were cut", "samples")
+ROLLOUT_EMPTY = Metric("rollout_empty", "empty rollouts, learnt as the data write them", "samples")
+ROLLOUT_SECONDS = Metric("rollout_seconds", "time of writing", "seconds, of all workers")
+ROLLOUTS = (ROLLOUT_SHARE, ROLLOUT_TOKENS, ROLLOUT_AGE, ROLLOUT_UNFINISHED, ROLLOUT_EMPTY, ROLLOUT_SECONDS)
+"""What the stages measure whose student writes texts to learn from."""
 
 EVERY_RUN = (TOTAL, ROUTER, ALIGNED, FORWARDED, STORED, DROPPED, CUT, DAMAGED)
 """What the micro-batches of any method measure."""

@@ -18,7 +18,7 @@ Several teachers are mixed by how well they foresaw the whole response (a unifor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -82,17 +82,53 @@ def carry(
     Returns:
         n + 1 dictionaries, each summing to 1, or empty where the teacher says nothing.
     """
+    carried = []
+    for reading, row, place in _places(teacher, text, student_ends, labels):
+        mass = _carried_mass(reading, row, place, prefixes)
+        total = sum(mass.values())
+        carried.append({index: chance / total for index, chance in mass.items()} if total >= MIN_MASS else {})
+    return carried
+
+
+def continuations(
+    teacher: TeacherSide, text: bytes, student_ends: np.ndarray, labels: Sequence[int], prefixes: PrefixMap
+) -> list[dict[int, float] | None]:
+    """As `carry`, with the probability that the teacher itself gives: what is missing to 1 goes to other tokens.
+
+    Inside a teacher's token, the candidates that begin with the bytes already read share what the kept candidates have
+    together: what the teacher did not keep is taken to go on with these bytes as often as what it kept.
+
+    Returns:
+        n + 1 dictionaries, each adding up to at most 1; None where the teacher gave the bytes already read less than
+        MIN_MASS.
+    """
+    found: list[dict[int, float] | None] = []
+    for reading, row, place in _places(teacher, text, student_ends, labels):
+        prefix_read = text[reading.starts[row] : place.start]
+        candidates = reading.rows[row].candidates
+        kept = sum(chance for _, chance in candidates)
+        read = sum(chance for piece, chance in candidates if (piece or b"").startswith(prefix_read))
+        if prefix_read and read < MIN_MASS:
+            found.append(None)
+            continue
+        factor = (kept / read if prefix_read else 1.0) / max(
+            1.0, kept
+        )  # float16 probabilities can add up to more than 1
+        mass = _carried_mass(reading, row, place, prefixes)
+        found.append({index: chance * factor for index, chance in mass.items()})
+    return found
+
+
+def _places(
+    teacher: TeacherSide, text: bytes, student_ends: np.ndarray, labels: Sequence[int]
+) -> Iterator[tuple[_Reading, int, _Place]]:
+    """The response as the teacher reads it; and per student row, the teacher's last row that has read no more."""
     starts_T = [0, *teacher.signals.byte_ends.tolist()]
     starts_S = [0, *student_ends.tolist(), len(text) + 1]  # the end of the turn ends beyond the text
     first_rows = np.searchsorted(starts_T, starts_S[:-1], side="right") - 1
     reading = _Reading(text, starts_T, [_row(teacher, row, text, starts_T) for row in range(len(teacher.signals))])
-    carried = []
     for i, first_row in enumerate(first_rows.tolist()):
-        place = _Place(starts_S[i], starts_S[i + 1], labels[i], labels[-1])
-        mass = _carried_mass(reading, first_row, place, prefixes)
-        total = sum(mass.values())
-        carried.append({index: chance / total for index, chance in mass.items()} if total >= MIN_MASS else {})
-    return carried
+        yield reading, first_row, _Place(starts_S[i], starts_S[i + 1], labels[i], labels[-1])
 
 
 class _Row(NamedTuple):

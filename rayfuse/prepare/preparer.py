@@ -16,10 +16,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rayfuse.batch import FusionBatch, TeacherTarget
-from rayfuse.config import Teacher
+from rayfuse.config import OnPolicy, Teacher
 from rayfuse.data.render import Rendered, Renderer
+from rayfuse.data.rollout import Rollout, render_rollout
 from rayfuse.data.sample import Sample
 from rayfuse.errors import MissingSignalsError, RayfuseError, TeacherGoneError
+from rayfuse.metrics.definitions import (
+    ROLLOUT_AGE,
+    ROLLOUT_EMPTY,
+    ROLLOUT_SHARE,
+    ROLLOUT_TOKENS,
+    ROLLOUT_UNFINISHED,
+)
 from rayfuse.prepare.spec import INITIAL, PrepareSpec, Scorer
 from rayfuse.prepare.targets import TARGETS, ScoredUnit, bare_targets, fields_read
 from rayfuse.prepare.vocabulary import Vocabularies
@@ -68,7 +76,9 @@ class Preparer:
             RayfuseError: a sample cannot be rendered or aligned, or a teacher cannot answer; the sample is named.
         """
         stats: dict[str, float] = {}
-        signals = self.signals(samples, stats)
+        if self.spec.stage is not None and self.spec.stage.writes:
+            samples = self._readable(samples, stats)
+        signals = self._signals_read(samples, stats)
         rendered = [self._render(sample) for sample in samples]
         batch = _pack_batch(rendered, bare_targets(self.spec, samples), stats)
         batch = replace(batch, sample_weights=weights_of_samples(self.spec, samples))
@@ -80,8 +90,42 @@ class Preparer:
         stats["cut"] = sum(item.cut > 0 for item in rendered)
         return batch
 
+    def _signals_read(self, samples: Sequence[Sample], stats: dict[str, float]) -> list[list[TopKSignals | None]]:
+        """The signals that the stage learns from: of all samples or, where the student writes, of what it wrote."""
+        if self.spec.stage is None or not self.spec.stage.writes:
+            return self.signals(samples, stats)
+        own = [b for b, sample in enumerate(samples) if isinstance(sample, Rollout)]
+        spread: list[list[TopKSignals | None]] = [[None] * len(samples) for _ in self.spec.teachers]
+        for of_teacher, answers in zip(spread, self.signals([samples[b] for b in own], stats), strict=True):
+            for b, answer in zip(own, answers, strict=True):
+                of_teacher[b] = answer
+        return spread
+
+    @property
+    def _stage(self) -> OnPolicy:
+        assert isinstance(self.spec.stage, OnPolicy)
+        return self.spec.stage
+
+    def _readable(self, samples: Sequence[Sample], stats: dict[str, float]) -> list[Sample]:
+        """The samples; in place of a rollout that says nothing, or that a teacher's tokenizer changes, what the data
+        write. And what is measured of the rollouts."""
+        tokenizers = self.vocabularies.teacher_tokenizers
+        read: list[Sample] = []
+        for sample in samples:
+            unreadable = isinstance(sample, Rollout) and not sample.readable_for(tokenizers)
+            read.append(sample.written or sample if isinstance(sample, Rollout) and unreadable else sample)
+        own = [sample for sample in read if isinstance(sample, Rollout)]
+        stats[ROLLOUT_SHARE.name] = len(own) / len(read)
+        stats[ROLLOUT_TOKENS.name] = sum(len(rollout.token_ids) for rollout in own)
+        stats[ROLLOUT_AGE.name] = max((rollout.age for rollout in own), default=0)
+        stats[ROLLOUT_UNFINISHED.name] = sum(not rollout.finished for rollout in own)
+        stats[ROLLOUT_EMPTY.name] = sum(isinstance(sample, Rollout) for sample in samples) - len(own)
+        return read
+
     def _render(self, sample: Sample) -> Rendered:
         try:
+            if isinstance(sample, Rollout):
+                return render_rollout(self.renderer, sample, self._stage.room(self.spec.max_length))
             return self.renderer.render(sample, self.spec.max_length)
         except RayfuseError as error:
             raise type(error)(f"sample {sample.key[:12]} ({sample.response!r:.60}): {error}") from error

@@ -16,12 +16,14 @@ import numpy as np
 
 from rayfuse.alignment.pairs import Alignment, align, align_by_position
 from rayfuse.batch import FusionBatch, TeacherTarget
-from rayfuse.config import ByteKD, InfiGFusion
+from rayfuse.config import ByteKD, InfiGFusion, OnPolicy
 from rayfuse.data.render import Rendered
+from rayfuse.data.rollout import Rollout
 from rayfuse.data.sample import Sample
 from rayfuse.errors import RayfuseError
 from rayfuse.prepare.byte_prefix import TeacherSide, carry, mix, teacher_weights
 from rayfuse.prepare.min_edit import lowest_entropy, mined_target
+from rayfuse.prepare.routed import prompt_weights, sample_target, stacked, written_target
 from rayfuse.prepare.vocabulary import Vocabularies
 from rayfuse.prepare.weights import counting, likeliest, mixed_with_text, weights_of_teacher
 from rayfuse.signals.topk import FIELDS, TopKSignals
@@ -247,6 +249,25 @@ def mined(unit: ScoredUnit, batch: FusionBatch) -> FusionBatch:
     return replace(batch, picks=np.concatenate(ids), mass=np.concatenate(mass))
 
 
+def routed(unit: ScoredUnit, batch: FusionBatch) -> FusionBatch:
+    """`picks` and `rollouts`: the teachers' mixture on the student's own texts, see routed; and `rows` of each teacher:
+    the own positions of the samples in which it weighs most."""
+    stage = unit.spec.stage
+    assert isinstance(stage, OnPolicy)
+    by_row = stage.teacher_weights == "consensus"
+    made = []
+    for b, (sample, item) in enumerate(zip(unit.samples, unit.rendered, strict=True)):
+        if isinstance(sample, Rollout):
+            weights = prompt_weights(unit.spec, sample, by_row)
+            answers = [of_teacher[b] for of_teacher in unit.signals]
+            made.append(sample_target(stage, sample, answers, weights, unit.vocabularies))
+        else:
+            made.append(written_target(item.response_ids, stage.width + stage.likely))
+    picks, target, heaviest = stacked(made)
+    targets = tuple(replace(one, rows=np.flatnonzero(heaviest == s)) for s, one in enumerate(batch.targets))
+    return replace(batch, targets=targets, picks=picks, rollouts=target)
+
+
 Builder = Callable[[ScoredUnit, FusionBatch], FusionBatch]
 
 TARGETS: dict[str, Builder] = {
@@ -258,6 +279,7 @@ TARGETS: dict[str, Builder] = {
     "carried": carried,
     "unmatched": unmatched,
     "mined": mined,
+    "routed": routed,
 }
 """Kind of target by its name."""
 
@@ -270,11 +292,12 @@ READS: dict[str, tuple[str, ...]] = {
     "carried": ("logps", "ids", "token_logps", "byte_ends"),
     "unmatched": (),
     "mined": ("logps", "ids", "token_logps", "byte_ends"),
+    "routed": ("logps", "ids", "token_logps", "byte_ends"),
 }
 """The fields of the signals that a kind is made of, and so all that is read from the store; not listed: everything."""
 
 
-OF_VOCABULARIES = frozenset({"tokens", "carried", "unmatched", "mined"})
+OF_VOCABULARIES = frozenset({"tokens", "carried", "unmatched", "mined", "routed"})
 """The kinds that ask what a teacher's tokens are, and so need its tokenizer beside its signals."""
 
 

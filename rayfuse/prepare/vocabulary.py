@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -73,7 +74,16 @@ class Vocabularies:
     @cached_property
     def teachers(self) -> list[Vocabulary]:
         """Each teacher's tokens."""
-        return [Vocabulary.of(Renderer.of(model)) for model in self._models]
+        return [Vocabulary.of(renderer) for renderer in self._teacher_renderers]
+
+    @cached_property
+    def teacher_tokenizers(self) -> list[Any]:
+        """Each teacher's tokenizer."""
+        return [renderer.tokenizer for renderer in self._teacher_renderers]
+
+    @cached_property
+    def _teacher_renderers(self) -> list[Renderer]:
+        return [Renderer.of(model) for model in self._models]
 
     @cached_property
     def prefixes(self) -> PrefixMap:

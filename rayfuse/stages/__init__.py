@@ -26,6 +26,7 @@ from rayfuse.stages.infigfusion import infigfusion_loss
 from rayfuse.stages.kl import kl_loss
 from rayfuse.stages.minilogit import minilogit_loss
 from rayfuse.stages.multilevelot import multilevelot_loss
+from rayfuse.stages.on_policy import on_policy_loss
 from rayfuse.stages.sft import sft_loss
 from rayfuse.stages.sinkhorn import sinkhorn_loss
 from rayfuse.stages.trust import trust_loss
@@ -44,6 +45,7 @@ METHODS: dict[str, Loss] = {
     "infigfusion": infigfusion_loss,
     "bytekd": bytekd_loss,
     "trust": trust_loss,
+    "onpolicy": on_policy_loss,
     "infifpo": infifpo_loss,
     "dpo": dpo_loss,
     "kl": kl_loss,

@@ -28,6 +28,7 @@ from rayfuse.student.engines import ENGINES, Engine
 from rayfuse.student.gradients import accumulate, at_the_start
 from rayfuse.student.job import StageJob
 from rayfuse.student.result import commit_model, half_model
+from rayfuse.student.rollouts import OwnWeights, RolloutStream
 from rayfuse.student.stream import UnitStream, units_of
 
 
@@ -68,7 +69,8 @@ def train(job: StageJob, rank: int, world: int) -> None:
         torch.set_num_threads(max(1, int(config.student.cpus)))
     checkpoint = latest_checkpoint(job.folder, job.identity)
     done = checkpoint.step if checkpoint is not None else 0
-    stream = UnitStream(job, units_of(job, rank, world, done))  # the teachers answer while the weights load
+    # The teachers answer while the weights load, unless they are to read what these weights write.
+    stream = None if stage.writes else UnitStream(job, units_of(job, rank, world, done))
     torch.manual_seed(config.seed + rank)  # dropout must differ between workers
     engine = ENGINES[config.student.engine](config.student, job.start, stage, device)
     if checkpoint is not None:
@@ -80,17 +82,18 @@ def train(job: StageJob, rank: int, world: int) -> None:
             f"worker {rank} goes on from step {done}, others from another: is {config.output} one file system for all?"
         )
 
+    batches_of = stream or RolloutStream(job, OwnWeights(engine, job), rank, world, done)
     metrics = Path(config.output) / "metrics.jsonl"
     dropped = sum(_dropped(record) for record in read_metrics(metrics) if _before(job, record, done))
     writer = MetricsWriter(metrics) if rank == 0 else None
     for step in range(done + 1, job.steps + 1):
         begun = time.perf_counter()
-        batches = stream.take(job.units_per_step // world)
+        batches = batches_of.take(job.units_per_step // world)
         if step == done + 1:
             stage, at_start = at_the_start(job, engine, batches, done, rank)
         record = _step(job, stage, engine, batches, learning_rate(stage, step - 1, job.steps), rank, world)
         seconds = time.perf_counter() - begun
-        waited, stream.waited = stream.waited, 0.0
+        waited, batches_of.waited = batches_of.waited, 0.0
         if writer is not None:
             speed = {
                 "seconds": seconds,

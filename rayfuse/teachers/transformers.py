@@ -22,6 +22,7 @@ from rayfuse.models.loading import context_length, load_causal_lm, valid_vocabul
 from rayfuse.models.output_layer import check_output_layer, output_layer, output_rows, text_decoder
 from rayfuse.signals.topk import TopKSignals
 from rayfuse.teachers.backend import Backend
+from rayfuse.teachers.generation import generate_ids
 from rayfuse.teachers.sampling import SeededSampling
 
 
@@ -96,12 +97,6 @@ class TransformersTeacher(Backend):
         order = sorted(range(len(samples)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            T = max(len(prompts[i]) for i in batch)
-            input_ids_BT = torch.zeros(len(batch), T, dtype=torch.long)
-            mask_BT = torch.zeros(len(batch), T, dtype=torch.long)
-            for b, i in enumerate(batch):
-                input_ids_BT[b, T - len(prompts[i]) :] = torch.from_numpy(prompts[i])
-                mask_BT[b, T - len(prompts[i]) :] = 1
             sampling = []
             if temperature:
                 sampling = [
@@ -114,18 +109,15 @@ class TransformersTeacher(Backend):
                     )
                 ]
             with self._autocast():
-                out_BT = self.model.generate(
-                    input_ids=input_ids_BT.to(self.device),
-                    attention_mask=mask_BT.to(self.device),
+                written = generate_ids(
+                    self.model,
+                    [prompts[i] for i in batch],
                     max_new_tokens=max_new_tokens,
-                    do_sample=False,  # where there is sampling, the processor leaves one token to choose from
-                    logits_processor=sampling,
-                    eos_token_id=end,
-                    pad_token_id=end,
+                    end=end,
+                    processors=sampling,
                 )
-            for b, i in enumerate(batch):
-                ids = out_BT[b, T:].tolist()
-                ids = ids[: ids.index(end)] if end in ids else ids
+            for i, ids in zip(batch, written, strict=True):
+                ids = ids[:-1] if ids[-1:] == [end] else ids
                 answers[i] = self.renderer.tokenizer.decode(ids, skip_special_tokens=True)
         return answers
 

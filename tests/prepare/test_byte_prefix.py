@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayfuse.prepare.byte_prefix import PrefixMap, TeacherSide, carry, mix, teacher_weights
+from rayfuse.prepare.byte_prefix import PrefixMap, TeacherSide, carry, continuations, mix, teacher_weights
 from rayfuse.signals.topk import TopKSignals
 
 # Ids of a small vocabulary; the last is the end of the turn.
@@ -134,3 +134,42 @@ def test_the_teacher_that_foresaw_the_response_counts_more():
     np.testing.assert_allclose(teacher_weights([good, bad], temper=0.0, prior=[1.0, 3.0]), [0.25, 0.75])
     np.testing.assert_allclose(teacher_weights([good, bad], prior=[1.0, 3.0]), [0.75, 0.25], atol=1e-2)
     np.testing.assert_array_equal(teacher_weights([good, bad], prior=[0.7, 0.7]), teacher_weights([good, bad]))
+
+
+def test_continuations_keep_what_the_teacher_gives_to_others():
+    """At its own boundary these are its probabilities; inside 12, those that begin with 1 share what is kept."""
+    teacher = TeacherSide(
+        _signals([{10: 0.5, 11: 0.3, 5: 0.1}, {END_PAIRS: 0.7}], [10, END_PAIRS], [2]), PAIRS, END_PAIRS
+    )
+    found = continuations(teacher, b"12", np.array([1, 2]), [1, 2, END], _prefixes(DIGITS))
+    assert _clean(found) == [{1: 0.8, 5: 0.1}, {2: pytest.approx(0.9 * 5 / 8, abs=2e-3), 3: 0.337}, {END: 0.7}]
+
+
+def test_there_are_no_continuations_of_what_the_teacher_did_not_expect():
+    teacher = TeacherSide(_signals([{12: 0.999, 10: 0.001}, {END_PAIRS: 1.0}], [10, END_PAIRS], [2]), PAIRS, END_PAIRS)
+    found = continuations(teacher, b"12", np.array([1, 2]), [1, 2, END], _prefixes(DIGITS))
+    assert found[1] is None
+    assert _clean(found[::2]) == [{2: 0.999}, {END: 1.0}]
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_continuations_are_those_of_carry_but_for_their_sum(data):
+    text = data.draw(st.text("0123456789", min_size=1, max_size=8)).encode()
+    rows = []
+    for digit in [*text.decode(), None]:
+        actual = END if digit is None else int(digit)
+        other = (actual + 1) % END if digit is not None else 3
+        kept = data.draw(st.sampled_from([0.2, 0.5, 1.0]))
+        rows.append({actual: 0.75 * kept, other: 0.25 * kept})
+    ends = np.arange(1, len(text) + 1)
+    labels = [*map(int, text.decode()), END]
+    teacher = TeacherSide(_signals(rows, labels, ends), DIGITS, END)
+    pairs = [ends[1::2], ends[1::2] if len(text) % 2 == 0 else np.append(ends[1::2], len(text))]
+    for student_ends, own in ((ends, labels), (pairs[1], [0] * len(pairs[1]) + [END])):
+        carried = carry(teacher, text, student_ends, own, _prefixes(DIGITS))
+        found = continuations(teacher, text, student_ends, own, _prefixes(DIGITS))
+        for one, other in zip(carried, found, strict=True):
+            total = sum(other.values())
+            assert total <= 1 + 1e-3
+            assert {index: chance / total for index, chance in other.items()} == pytest.approx(one)

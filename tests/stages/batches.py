@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from rayfuse.batch import FusionBatch, TeacherTarget
+from rayfuse.batch import FusionBatch, RolloutTarget, TeacherTarget
 from rayfuse.config import STAGES, InfiGFusion, Stage
 from rayfuse.losses import HeadOutput, fused_head, token_logps
 from rayfuse.prepare.targets import graph_features, graph_matrices
@@ -62,10 +62,39 @@ def make_case(stage: Stage, kinds: tuple[str, ...], seed: int = 0) -> Case:
             assert target.ids is not None
             columns = np.arange(s * K, (s + 1) * K)
             picks[target.rows[:, None], columns] = np.where(target.ids < 0, labels[target.rows, None], target.ids)
+    rollouts = None
+    if "routed" in kinds:
+        picks, rollouts = _rollouts(labels, sample, make)
+        heavy = sample % 3  # of every three samples two are the student's own, one of each teacher
+        rows = [np.flatnonzero(heavy == s) for s in range(2)]
+        targets = [replace(target, rows=of_teacher) for target, of_teacher in zip(targets, rows, strict=True)]
     if stage.sides:
         targets.append(_teacher(stage, "initial", 1.0, N, make))
     ids = np.zeros((len(LENGTHS), 1), dtype=np.int64)
-    return Case(hidden, weight, FusionBatch(ids, np.ones_like(ids), none, labels, sample, tuple(targets), picks, mass))
+    masks = np.ones_like(ids)
+    batch = FusionBatch(ids, masks, none, labels, sample, tuple(targets), picks, mass, rollouts)
+    return Case(hidden, weight, batch)
+
+
+def _rollouts(labels: np.ndarray, sample: np.ndarray, make: torch.Generator) -> tuple[np.ndarray, RolloutTarget]:
+    """Four cells: the label's, two of other tokens, one of them of two; the last pick is unused. A third of the own
+    positions has no distribution, in chunks of two."""
+    N = len(labels)
+    picks = np.stack([np.concatenate(([label], (label + 1 + np.arange(3)) % V, [label])) for label in labels])
+    own = sample % 3 < 2
+    taught = own & (np.arange(N) % 3 > 0)
+    mass = torch.rand(N, 5, generator=make).softmax(-1).numpy()
+    mass[:, 3:] = 0
+    chunk_logps = -3 * torch.rand(N, generator=make).numpy()
+    return picks, RolloutTarget(
+        own=own,
+        taught=taught,
+        cells=np.tile([0, 1, 2, 2, -1], (N, 1)),
+        mass=mass,
+        chunks=np.where(own, np.arange(N) // 2, -1),
+        chunk_logps=chunk_logps[np.arange(N) // 2],
+        counts=np.where(sample == 0, 0.5, 1.0).astype(np.float32),
+    )
 
 
 def _teacher(stage: Stage, name: str, weight: float, N: int, make: torch.Generator) -> TeacherTarget:

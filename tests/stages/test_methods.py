@@ -13,7 +13,7 @@ import torch
 
 from rayfuse.config import STAGES, Distillation, InfiFusion, InfiGFusion, Stage, parse_config
 from rayfuse.losses import gw_couplings
-from rayfuse.metrics.definitions import EVERY_RUN, SFT_PART, Metric, metric_of
+from rayfuse.metrics.definitions import EVERY_RUN, ROLLOUTS, SFT_PART, Metric, metric_of
 from rayfuse.prepare.targets import TARGETS
 from rayfuse.report.card import write_card
 from rayfuse.report.page import write_report
@@ -56,7 +56,7 @@ def test_every_part_that_a_loss_returns_is_defined(stage, monkeypatch):
     defined = {metric.key(name): metric for metric in stage.parts for name in TEACHERS}
     assert set(parts) <= set(defined)
     others = {metric.name for key, metric in defined.items() if key not in parts}
-    assert others <= {"chosen", "coupling_wait"}
+    assert others <= {"chosen", "coupling_wait", *(metric.name for metric in ROLLOUTS)}
 
 
 @pytest.mark.parametrize(("method", "stage"), every_stage().items(), ids=list(every_stage()))

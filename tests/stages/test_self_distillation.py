@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from rayfuse.alignment.token_bytes import encode_response
 from rayfuse.config import STAGES, Data, InfiGFusion, Student, Teacher
+from rayfuse.data.render import Renderer
+from rayfuse.data.rollout import Rollout
 from rayfuse.data.rows import read_preferences, read_samples
 from rayfuse.losses import fused_head, gw_couplings, token_logps
 from rayfuse.losses.transport import channels, rank_costs, sinkhorn_plan, sinkhorn_positions
@@ -259,6 +262,34 @@ def test_sft_has_no_teacher(student, monkeypatch):
     assert float(loss) == pytest.approx(float(-head.label_logps.mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize("divergence", ["jsd", "reverse", "forward", "advantage"])
+def test_on_policy_against_itself_is_zero(student, divergence, monkeypatch):
+    """Texts in the tokens that the tokenizer itself writes: teacher and student are in the same state everywhere."""
+    tokenizer = Renderer.of(Student(model=student.path)).tokenizer
+
+    def samples(stage):
+        made = []
+        for sample in read_samples(Data(path=str(student.tiny.root / "train.jsonl"), limit=12))[0]:
+            ids, ends = encode_response(tokenizer, sample.response)
+            tokens = {"token_ids": tuple(ids.tolist()), "ends": tuple(ends.tolist())}
+            made.append(Rollout(sample.messages, sample.response, **tokens, written=sample))
+        return made
+
+    monkeypatch.setattr(student, "samples", samples)
+    stage = STAGES["onpolicy"](method="onpolicy", divergence=divergence, share=1.0, max_new_tokens=100)
+    _, output, loss, parts, gradient = _distance(student, stage, monkeypatch)
+    shared = float(parts["taught_by_advantage"])
+    assert shared == (1.0 if divergence == "advantage" else 0.0)
+    assert float(parts["loss_sft"]) == 0.0
+    other = STAGES["sft"](method="sft")
+    batch = student.batch(stage)
+    hidden, output = student.answer(stage, batch)
+    (scale,) = torch.autograd.grad(METHODS["sft"](other, output, batch, batch.counts)[0], hidden)
+    if divergence != "advantage":
+        assert abs(float(loss)) < 2e-3
+    assert gradient.norm() < 5e-3 * scale.norm()
+
+
 def test_every_method_was_asked():
     offset = {"sinkhorn", "multilevelot", "bytekd", "fusellm", "fusechat"}
-    assert {*ZERO, *offset, "infifpo", "dpo", "wrpo", "trust", "sft"} == set(STAGES)
+    assert {*ZERO, *offset, "infifpo", "dpo", "wrpo", "trust", "sft", "onpolicy"} == set(STAGES)

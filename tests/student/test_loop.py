@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from rayfuse.config import SFT
 from rayfuse.prepare.units import share_out, unit_order
 from rayfuse.student import loop
 
@@ -13,7 +14,7 @@ def job(tmp_path, workers=1):
     student = SimpleNamespace(gpus=0, cpus=1, engine="ddp", workers=workers)
     return SimpleNamespace(
         config=SimpleNamespace(student=student, seed=3, output=str(tmp_path)),
-        stage=None,
+        stage=SFT(),
         folder=tmp_path,
         identity="identity",
         start="model",

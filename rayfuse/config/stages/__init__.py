@@ -18,6 +18,7 @@ from rayfuse.config.stages.baselines import (
     WassersteinKL,
 )
 from rayfuse.config.stages.fusion import SFT, ByteKD, InfiFusion, InfiGFusion, Trust
+from rayfuse.config.stages.on_policy import OnPolicy
 from rayfuse.config.stages.preferences import DPO, WRPO, InfiFPO
 
 STAGES: dict[str, type[Stage]] = {
@@ -26,6 +27,7 @@ STAGES: dict[str, type[Stage]] = {
     "infigfusion": InfiGFusion,
     "bytekd": ByteKD,
     "trust": Trust,
+    "onpolicy": OnPolicy,
     "infifpo": InfiFPO,
     "dpo": DPO,
     "wrpo": WRPO,

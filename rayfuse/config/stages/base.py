@@ -55,6 +55,8 @@ class Stage(Section):
     """Whether the loss has a place for the teachers' weights (teachers[].weight)."""
     partial: ClassVar[bool] = False
     """Whether the loss renormalises where a teacher was dropped in a sample (serving.on_missing: drop)."""
+    writes: ClassVar[bool] = False
+    """Whether the student writes texts that it learns from: the teachers must be there to read them while it trains."""
     parts: ClassVar[tuple[Metric, ...]] = (SFT_PART,)
     """What the loss and the targets measure besides the loss itself, in the order of the report's panels."""
 
@@ -127,6 +129,14 @@ class Stage(Section):
 
     def ranks_fault(self, signals_k: int) -> str:
         """What is wrong with how many ranks the loss compares, and what to do; empty where nothing is."""
+        return ""
+
+    def writing_fault(self, max_length: int) -> str:
+        """What is wrong with the texts that the student writes, and what to do; empty where it writes none.
+
+        Args:
+            max_length: of prompt and response together (data.max_length).
+        """
         return ""
 
     def weights_fault(self, teachers: Sequence[Teacher]) -> str:

@@ -103,6 +103,11 @@ class Engine(Protocol):
             StudentError: the tensors are not those of this model.
         """
 
+    def whole_model(self) -> contextlib.AbstractContextManager[Any]:
+        """The transformers model with all its weights on this rank, to write with: in evaluation mode, without
+        gradients, in the student's number format. Collective; the training goes on after it as if nothing had been.
+        """
+
     def export(self, folder: Path) -> None:
         """Write a complete Hugging Face model into `folder`, its weights in float32. Collective.
 

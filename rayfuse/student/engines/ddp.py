@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,18 @@ class DDPEngine(Engine):
         for entry, value in state["optimizer"].items():
             name, key = entry.rsplit("/", 1)
             self.optimizer.state[self.named[name]][key] = value.to(self.device)
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[Any]:
+        """The model, to write with."""
+        training = self.model.training
+        self.model.eval()
+        autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        try:
+            with torch.no_grad(), autocast:
+                yield self.model
+        finally:
+            self.model.train(training)
 
     def export(self, folder: Path) -> None:
         """Write a complete Hugging Face model in float32, on rank 0: all ranks hold the same."""
