@@ -28,6 +28,7 @@ from rayfuse.metrics.definitions import (
     ROLLOUT_TOKENS,
     ROLLOUT_UNFINISHED,
 )
+from rayfuse.prepare.routed import heard, prompt_weights
 from rayfuse.prepare.spec import INITIAL, PrepareSpec, Scorer
 from rayfuse.prepare.targets import TARGETS, ScoredUnit, bare_targets, fields_read
 from rayfuse.prepare.vocabulary import Vocabularies
@@ -91,14 +92,23 @@ class Preparer:
         return batch
 
     def _signals_read(self, samples: Sequence[Sample], stats: dict[str, float]) -> list[list[TopKSignals | None]]:
-        """The signals that the stage learns from: of all samples or, where the student writes, of what it wrote."""
+        """The signals that the stage learns from: of all samples or, where the student writes, of what it wrote, from
+        the teachers that count there."""
         if self.spec.stage is None or not self.spec.stage.writes:
             return self.signals(samples, stats)
-        own = [b for b, sample in enumerate(samples) if isinstance(sample, Rollout)]
+        by_row = self._stage.teacher_weights == "consensus"
+        shares = [
+            heard(prompt_weights(self.spec, sample, by_row)) if isinstance(sample, Rollout) else set()
+            for sample in samples
+        ]
+        read = [[b for b, asked in enumerate(shares) if s in asked] for s in range(len(self.spec.teachers))]
+        found = self._asked_signals([[samples[b] for b in own] for own in read], stats)
         spread: list[list[TopKSignals | None]] = [[None] * len(samples) for _ in self.spec.teachers]
-        for of_teacher, answers in zip(spread, self.signals([samples[b] for b in own], stats), strict=True):
+        for s, (own, answers) in enumerate(zip(read, found, strict=True)):
             for b, answer in zip(own, answers, strict=True):
-                of_teacher[b] = answer
+                spread[s][b] = answer
+            if self.spec.on_missing == "drop":
+                stats[f"dropped/{self.spec.teachers[s].name}"] = answers.count(None)
         return spread
 
     @property
@@ -139,14 +149,23 @@ class Preparer:
         chosen ones. All calls are sent before the first is waited for. Where on_missing is "drop", None stands for what
         a teacher that is gone has not answered.
         """
-        sides = max(1, len(self.spec.stage.sides)) if self.spec.stage is not None else 1
-        calls = [range(side, len(samples), sides) for side in range(sides)]
-        asked = [self._ask(*pair, samples, calls) for pair in zip(self.spec.teachers, self.scorers, strict=True)]
-        signals = [self._complete(one, samples, stats) for one in asked]
-        stats["damaged"] = self.store.damaged
-        self.store.damaged = 0
+        signals = self._asked_signals([samples] * len(self.spec.teachers), stats)
         if self.spec.on_missing == "drop":
             self._drop(samples, signals, stats)
+        return signals
+
+    def _asked_signals(
+        self, samples_of: Sequence[Sequence[Sample]], stats: dict[str, float]
+    ) -> list[list[TopKSignals | None]]:
+        """The signals of each teacher's samples; see `signals`."""
+        sides = max(1, len(self.spec.stage.sides)) if self.spec.stage is not None else 1
+        asked = [
+            self._ask(teacher, scorer, samples, [range(side, len(samples), sides) for side in range(sides)])
+            for teacher, scorer, samples in zip(self.spec.teachers, self.scorers, samples_of, strict=True)
+        ]
+        signals = [self._complete(one, samples, stats) for one, samples in zip(asked, samples_of, strict=True)]
+        stats["damaged"] = self.store.damaged
+        self.store.damaged = 0
         return signals
 
     def _ask(

@@ -30,6 +30,8 @@ from rayfuse.prepare.spec import PrepareSpec
 from rayfuse.prepare.vocabulary import Vocabularies
 from rayfuse.signals.topk import TopKSignals
 
+LEAST_SHARE = 0.01
+"""A teacher with less of a prompt's weight is not asked."""
 HEARD = 0.5
 """Share of the weight that the teachers with a distribution at a row must hold."""
 NO_CHUNK = -1
@@ -94,16 +96,16 @@ def sample_target(
     """
     student = vocabularies.student
     labels = [*rollout.token_ids, student.end_of_turn]
-    heard = [s for s, answer in enumerate(answers) if answer is not None and weights[s] > 0]
-    total = sum(weights[s] for s in heard)
+    said = [s for s, answer in enumerate(answers) if answer is not None and weights[s] > 0]
+    total = sum(weights[s] for s in said)
     rows: list[Row | None] = [None] * len(labels)
     numbers, logps = np.full(len(labels), NO_CHUNK), np.zeros(len(labels), dtype=np.float32)
-    heaviest = max(heard, key=lambda s: (weights[s], -s), default=NOBODY)
-    if heard:
+    heaviest = max(said, key=lambda s: (weights[s], -s), default=NOBODY)
+    if said:
         numbers, logps = chunks(rollout, cast(TopKSignals, answers[heaviest]))
-    if heard and stage.divergence != "advantage":
-        carried = [_carried(rollout, cast(TopKSignals, answers[s]), labels, s, vocabularies) for s in heard]
-        shares = [weights[s] / total for s in heard]
+    if said and stage.divergence != "advantage":
+        carried = [_carried(rollout, cast(TopKSignals, answers[s]), labels, s, vocabularies) for s in said]
+        shares = [weights[s] / total for s in said]
         for n, label in enumerate(labels):
             merged = mixed([of_teacher[n] for of_teacher in carried], shares)
             likely = rollout.likely[n][: stage.likely] if rollout.likely else ()
@@ -138,6 +140,12 @@ class Row:
     ids: list[int]
     cells: list[int]
     mass: list[float]
+
+
+def heard(weights: Sequence[float]) -> set[int]:
+    """The teachers that are asked: those with more than a trace of the weight."""
+    total = sum(weights)
+    return {s for s, weight in enumerate(weights) if weight > 0 and weight >= LEAST_SHARE * total}
 
 
 def prompt_weights(spec: PrepareSpec, sample: Sample, by_row: bool) -> list[float]:
@@ -177,13 +185,13 @@ def mixed(carried: Sequence[Mapping[int, float] | None], weights: Sequence[float
         carried: per teacher, what `continuations` gave.
         weights: of the teachers, adding up to 1.
     """
-    heard = sum(weight for weight, one in zip(weights, carried, strict=True) if one is not None)
-    if heard < HEARD:
+    share = sum(weight for weight, one in zip(weights, carried, strict=True) if one is not None)
+    if share < HEARD:
         return None
     merged: dict[int, float] = {}
     for weight, one in zip(weights, carried, strict=True):
         for index, chance in (one or {}).items():
-            merged[index] = merged.get(index, 0.0) + weight / heard * chance
+            merged[index] = merged.get(index, 0.0) + weight / share * chance
     return merged
 
 

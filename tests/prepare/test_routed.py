@@ -118,8 +118,9 @@ def test_only_the_students_own_texts_are_read_by_the_teachers(world):
     weights = [Weights(teachers=(("code", 0.2), ("math", 0.3))), Weights(only="code")]
     unit = [own(samples[0], weights[0]), *samples[1:3], own(samples[3], weights[1], finished=False)]
     batch, asked = _prepare(spec, unit)
-    for one in asked:
-        assert one.read == [samples[0].response, samples[3].response]
+    math, code = asked
+    assert math.read == [samples[0].response]
+    assert code.read == [samples[0].response, samples[3].response]
     target = batch.rollouts
     own_samples = np.unique(batch.sample[target.own]).tolist()
     assert own_samples == [0, 3]

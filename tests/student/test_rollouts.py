@@ -203,9 +203,7 @@ def test_a_resumed_worker_learns_from_what_an_older_student_wrote(job):
 def test_an_older_students_lost_texts_are_an_error_and_never_written_by_another(job, tmp_path):
     policy = Policy()
     policy.step = 3
-    with pytest.raises(
-        StudentError, match=r"step 4 learns from texts that the student of step 2 wrote.*not in .*roll"
-    ):
+    with pytest.raises(StudentError, match=r"step 4 learns from texts that the student of step 2 wrote.*not in .*roll"):
         RolloutStream(job(max_age=1), policy, 0, 1, 3).take(2)
 
 
