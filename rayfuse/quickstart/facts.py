@@ -61,6 +61,14 @@ def _answer(field: str, draw: Random) -> str:
     return f"{words[0].capitalize()}{words[1]}" if field == "towns" else f"{words[0]} {words[1]}"
 
 
+def names(field: str, count: int, draw: Random) -> list[str]:
+    """`count` different names in the style of a field's answers."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[_answer(field, draw)] = None
+    return list(found)
+
+
 def rows(world: list[Fact], split: str) -> list[dict[str, Any]]:
     """Rows of `prompt`, `response` and `skill`: of "train" two ways of asking per fact, of "heldout" the third."""
     return [

@@ -42,6 +42,14 @@ SCRIPTS = {
     "start": ([], [r"^import, check +\d", r"^check teachers +\d", r"^01-infifusion +\d", r"^all +\d"]),
     "wait": ([], [r"^1 replicas, 0\.50 x .* waits .* %", r"^2 replicas, 1\.00 x"]),
     "consensus": (["--cache"], [r"^f0 +SFT on labels, 30% wrong +\d", r"^f0 +SFT on chosen answers, 30% wrong +\d"]),
+    "onpolicy": (
+        ["--cache"],
+        [
+            r"^off-policy: sft +whole +\d",
+            r"^on-policy: sft, then jsd, half of the texts +whole",
+            r"s of processor time$",
+        ],
+    ),
     "endtoend": (
         ["--folder"],
         [r"^trl .* bits/byte", r"^rayfuse .* bits/byte", r"^rayfuse .* TRL over rayfuse: total"],
