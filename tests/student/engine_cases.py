@@ -133,6 +133,10 @@ def _train(case: Case, folder: Path, rank: int, world: int) -> dict[str, Any]:
             save_checkpoint(
                 folder / case.name, step, "this run", engine.state(), rank=rank, world=world, barrier=engine.barrier
             )
+    with engine.whole_model() as whole:  # on every rank, as the student writes with it
+        ids = torch.arange(3, 9)[None]
+        summed = whole(input_ids=ids).logits.double().abs().sum().numpy()[None]
+        measured["written_with"] = [float(summed[0]), float(engine.sum_over_workers(summed)[0]) / world]
     out = folder / case.name / "model"
     if rank == 0:
         out.mkdir(exist_ok=True)

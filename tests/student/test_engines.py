@@ -172,6 +172,17 @@ def test_other_models_and_methods_too(world, two, form, variant):
 
 
 @pytest.mark.parametrize("form", ["ddp", *MAIN])
+@pytest.mark.parametrize("variant", ["", "-untied", "-frozen"])
+def test_the_whole_model_that_a_student_writes_with_is_the_exported_one(world, two, form, variant):
+    exported = AutoModelForCausalLM.from_pretrained(world.root / "group" / f"{form}{variant}" / "model")
+    with torch.no_grad():
+        expected = float(exported(input_ids=torch.arange(3, 9)[None]).logits.double().abs().sum())
+    first, mean = two[f"{form}{variant}"]["written_with"]
+    assert first == pytest.approx(expected, rel=1e-5)
+    assert mean == pytest.approx(first, rel=1e-12), "every rank has it"
+
+
+@pytest.mark.parametrize("form", ["ddp", *MAIN])
 def test_what_takes_no_gradients_is_exported_as_it_was(world, two, form):
     before, after = load_file(Path(world.model) / "model.safetensors"), _model(world, f"{form}-frozen")
     frozen = [name for name in before if name.startswith("model.layers.0.")]

@@ -11,9 +11,11 @@ parameter. The rest follows:
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,14 +48,17 @@ class ShardedEngine(Engine):
         if not dist.is_initialized():  # one worker: a group of its own
             dist.init_process_group(self.backend(student), store=dist.HashStore(), rank=0, world_size=1)
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
-        source = student if path == student.model else student.model_copy(update={"model": path, "gguf_file": None})
+        self.source = (
+            student if path == student.model else student.model_copy(update={"model": path, "gguf_file": None})
+        )
+        self.dtype = getattr(torch, student.dtype)
         self.tokenizer = load_tokenizer(student)
-        self.streamed = StreamedModel(source)
+        self.streamed = StreamedModel(self.source)
         self.model = self.streamed.model
         prepare_forward(self.model, dropout=not stage.uses_preferences, checkpointing=student.gradient_checkpointing)
         vocabulary = valid_vocabulary(self.tokenizer, output_rows(self.model))
         router = router_coefficient(self.model, student.router_loss, check=False)
-        self.module = ShardedForward(self.model, vocabulary, getattr(torch, student.dtype), router)
+        self.module = ShardedForward(self.model, vocabulary, self.dtype, router)
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         self.trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
@@ -82,7 +87,7 @@ class ShardedEngine(Engine):
 
     @abstractmethod
     def _whole(self, name: str) -> torch.Tensor:
-        """A parameter in float32 on the CPU, on every rank or on rank 0 alone. Collective."""
+        """A parameter in float32 on the CPU, on every rank. Collective."""
 
     @abstractmethod
     def _call(self, batch: dict[str, torch.Tensor], k: int | None, lse: bool) -> Forward:
@@ -140,6 +145,17 @@ class ShardedEngine(Engine):
                     start, values = self._held(name, key)
                     if values.numel():
                         self._hold(name, key, ranges.read(name, key, start, start + values.numel()))
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[Any]:
+        """A copy to write with: as much memory on each rank as the whole model takes in the student's number format."""
+        copy = StreamedModel(self.source).model
+        with torch.no_grad():
+            weights = {name: self._whole(name).to(self.device, self.dtype) for name in self.shapes}
+            copy.load_state_dict(weights, strict=False, assign=True)
+            copy.tie_weights()
+            copy.to(self.device)  # buffers
+            yield copy.eval()
 
     def export(self, folder: Path) -> None:
         """Write a complete Hugging Face model in float32: rank 0 holds one parameter at a time."""
