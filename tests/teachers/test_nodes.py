@@ -66,14 +66,14 @@ def test_nodes_add_copies_are_drained_and_may_be_lost(tiny, tmp_path, cluster):
     teacher = parse_config(tiny.tree(tmp_path)).teachers[0]
     teacher = teacher.model_copy(update={"replicas": teacher.replicas.model_validate(replicas)})
     named = IdentifiedTeacher(teacher, fingerprint(teacher, K))
-    name = application_name(*named)
+    name = application_name(named)
     samples = read_samples(Data(path=str(tiny.root / "train.jsonl"), limit=8))[0]
     with borrowed([named], K):
-        expected = [item.logps.tobytes() for item in TeacherClient(*named).score(samples)()]
+        expected = [item.logps.tobytes() for item in TeacherClient(named).score(samples)()]
         over, answered, wrong = threading.Event(), [0], []
 
         def flow():
-            client = TeacherClient(*named)
+            client = TeacherClient(named)
             while not over.is_set():
                 waits = [client.score(samples) for _ in range(3)]
                 for wait in waits:

@@ -67,14 +67,14 @@ def test_a_shared_teacher_gets_what_its_users_wish_and_is_found_when_scaled(tiny
     """Two runs, up, scale and down on one application, whose copies are never restarted."""
     teacher = cluster.teachers[0]
     teachers = [IdentifiedTeacher(teacher, fingerprint(teacher, K))]
-    name = application_name(*teachers[0])
+    name = application_name(teachers[0])
     samples = read_samples(Data(path=str(tiny.root / "train.jsonl"), limit=4))[0]
     shown = Console(record=True, width=220)
     with pytest.raises(TeacherError, match="is not up"):
         manage(cluster, "scale", ["math", "2"], shown)
     manage(cluster, "up", [], shown)
     assert wishes.wishes(name) == {"kept": (0, 2)}
-    first = TeacherClient(*teachers[0]).score(samples)()
+    first = TeacherClient(teachers[0]).score(samples)()
     pids = _pids(name)
     assert len(pids) == 1
 
@@ -95,7 +95,7 @@ def test_a_shared_teacher_gets_what_its_users_wish_and_is_found_when_scaled(tiny
     assert wishes.resize(name) == (2, 2), "a run does not undo what was set by hand"
     _wait(lambda: _running(name) == 2, "the teacher is not scaled")
     assert pids < _pids(name), "the first copy must live on"
-    again = TeacherClient(*teachers[0]).score(samples)()
+    again = TeacherClient(teachers[0]).score(samples)()
     assert [item.logps.tobytes() for item in again] == [item.logps.tobytes() for item in first]
     wishes.withdraw(name, wishes.this_run())
 
