@@ -28,7 +28,8 @@ quickstart: $(VENV)/.core  ## train three small experts, fuse them into a fourth
 	$(BIN)/rayfuse quickstart
 
 test: $(VENV)/.dev lint  ## lint, types and the default tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not chaos and not gpu and not ray"
+	$(BIN)/python -m pytest -q -m "ray and not slow and not chaos and not gpu"
 
 slow: $(VENV)/.dev  ## the tests that take minutes, and those that kill processes (without those of benchmarks)
 	$(BIN)/python -m pytest -q -m "slow or chaos" --ignore tests/bench

@@ -24,15 +24,6 @@ settings.register_profile("rayfuse", deadline=None)  # a busy machine must not f
 settings.load_profile("rayfuse")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start a Ray come first, and one after the other; the rest runs beside them (pytest -n 2)."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @dataclass(frozen=True)
 class TinyWorld:
     """Paths of a tiny world."""

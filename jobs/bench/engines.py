@@ -187,7 +187,9 @@ def main() -> None:
         for form in args.engines:
             parameters = (args.workers, form, model, args.vocab, out)
             mp.start_processes(work, parameters, nprocs=args.workers, start_method="forkserver")
-            ranks = [json.loads((out / f"{form}-{rank}.json").read_text()) for rank in range(args.workers)]
+            ranks = [
+                json.loads((out / f"{form}-{rank}.json").read_text(encoding="utf-8")) for rank in range(args.workers)
+            ]
             most = {phase: max(peaks.get(phase, 0) for peaks in ranks) / MIB for phase in ranks[0]}
             peak = max(value for phase, value in most.items() if phase != "part")
             whole = whole or peak

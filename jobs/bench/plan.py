@@ -136,7 +136,7 @@ def run_case(name: str, case: tuple[int, int, int, int, int, bool]) -> None:
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**18), "OMP_NUM_THREADS": "1"}
         options = [folder, str(batch), str(length), str(int(checkpointing))]
         command = [sys.executable, __file__, "--measure", *options]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
         if done.returncode:
             sys.exit(done.stderr[-2000:])
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

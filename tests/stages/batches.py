@@ -72,7 +72,7 @@ def make_case(stage: Stage, kinds: tuple[str, ...], seed: int = 0) -> Case:
         targets.append(_teacher(stage, "initial", 1.0, N, make))
     ids = np.zeros((len(LENGTHS), 1), dtype=np.int64)
     masks = np.ones_like(ids)
-    batch = FusionBatch(ids, masks, none, labels, sample, tuple(targets), picks, mass, rollouts)
+    batch = FusionBatch(ids, masks, none, labels, sample, tuple(targets), picks, mass, rollouts=rollouts)
     return Case(hidden, weight, batch)
 
 
