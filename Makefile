@@ -11,7 +11,7 @@ VLLM_BIN := .venv-vllm/bin
 RENDERING := tests/data/test_render.py tests/data/test_template.py tests/data/test_messages.py \
     tests/data/test_thoughts.py tests/data/test_shown.py
 
-.PHONY: quickstart test slow recovery pins lint bench bench-quick compare smollm2 vllm gpu clean
+.PHONY: quickstart test runs slow recovery pins lint bench bench-quick compare smollm2 vllm gpu clean
 
 $(VENV)/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,15 +27,19 @@ $(VENV)/.dev: $(VENV)/.core
 quickstart: $(VENV)/.core  ## train three small experts, fuse them into a fourth model, show the result
 	$(BIN)/rayfuse quickstart
 
-test: $(VENV)/.dev lint  ## lint, types and the default tests
+test: $(VENV)/.dev lint  ## lint, types, the default tests and a whole run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not chaos and not gpu and not ray"
-	$(BIN)/python -m pytest -q -m "ray and not slow and not chaos and not gpu"
+	$(BIN)/python -m pytest -q -m "ray and not slow and not chaos and not gpu" tests/run
+
+runs: $(VENV)/.dev  ## the other tests that start a Ray: teachers on Serve, consensus, preferences (8 minutes)
+	$(BIN)/python -m pytest -q -m "ray and not slow and not chaos and not gpu" --ignore tests/run
 
 slow: $(VENV)/.dev  ## the tests that take minutes, and those that kill processes (without those of benchmarks)
 	$(BIN)/python -m pytest -q -m "slow or chaos" --ignore tests/bench
 
-recovery: $(VENV)/.dev  ## whole runs that are killed and resumed, and students that are merged
-	$(BIN)/python -m pytest -q -m "slow or chaos" tests/run/test_fuse.py -k "killed_and_resumed or pairwise or merged_model"
+recovery: $(VENV)/.dev  ## whole runs: all methods, killed and resumed, and students that are merged
+	$(BIN)/python -m pytest -q -m "slow or chaos" tests/run/test_fuse.py \
+	    -k "three_methods or killed_and_resumed or pairwise or merged_model"
 
 bench-quick: $(VENV)/.dev  ## every benchmark with tiny sizes, to see that it runs (7 minutes)
 	$(BIN)/python -m pytest -q -m slow tests/bench

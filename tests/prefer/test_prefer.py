@@ -136,6 +136,7 @@ def test_the_summary_adds_up(made):
     assert models["pivot"]["chosen_pivot"] == len(rows)
 
 
+@pytest.mark.slow
 def test_the_stages_read_the_rows(made, tiny, reward_model, prompts):
     """InfiFPO on chosen and rejected, then WRPO on all three, against the teachers through their actors."""
     config = parse_config(tree(tiny, made, reward_model, prompts))

@@ -247,6 +247,7 @@ def test_small_updates_reach_the_next_stage_whole_and_the_rounding_of_the_last_m
     assert fused.config.attention_dropout == 0.1
 
 
+@pytest.mark.slow
 def test_the_three_methods_in_one_run(tiny, tmp_path, embedded_ray):
     """SFT, InfiFusion, InfiGFusion, InfiFPO and DPO, each from the model before it; signals are shared."""
     common = {"steps": 15, "batch_size": 16, "learning_rate": 1e-3}
@@ -340,6 +341,7 @@ def test_a_teacher_that_fails_costs_the_other_student_nothing(tiny, tmp_path, em
     assert sorted(steps) == sorted((f"01-infifusion/{name}", step) for name in ("math", "code") for step in (1, 2, 3))
 
 
+@pytest.mark.slow
 def test_a_teacher_that_cannot_start_ends_the_run_with_its_cause(tiny, tmp_path, embedded_ray):
     """The replica's own error reaches the user, instead of waiting for a teacher that never comes."""
     tree = tiny.tree(tmp_path / "run")
