@@ -81,7 +81,7 @@ smollm2: $(VENV)/.dev  ## a real model with a real tokenizer teaches a student w
 	rm -rf runs/smollm2/run
 	$(BIN)/python jobs/fuse.py jobs/smollm2.yaml
 
-compare: $(VENV)/.dev  ## every method on the quickstart world, over seeds and conditions: docs/results.md; goes on where it was
+compare: $(VENV)/.dev  ## every method in three worlds of facts, over seeds and conditions: docs/results.md; goes on where it was
 	OMP_NUM_THREADS=1 $(BIN)/python jobs/compare.py
 
 bench: $(VENV)/.dev  ## the benchmarks that run on a CPU, one line per case
