@@ -95,14 +95,7 @@ class DDPEngine(Engine):
             StudentError: it is not finite.
         """
         norm = float(nn.utils.clip_grad_norm_(self.named.values(), self.stage.grad_clip))
-        if not np.isfinite(norm):
-            raise StudentError(
-                f"the gradient norm is {norm}: lower learning_rate (now {learning_rate:.2g}), or use dtype float32"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.optimizer, norm, learning_rate)
         return norm
 
     def take_gradient_norm(self) -> float:
@@ -199,6 +192,22 @@ def adamw(parameters: Iterable[Any], stage: Stage, dim: Callable[[Any], int] = t
     ]
     filled = [group for group in groups if group["params"]]
     return torch.optim.AdamW(filled, lr=stage.learning_rate, betas=stage.betas, fused=True)
+
+
+def update(optimizer: torch.optim.Optimizer, norm: float, learning_rate: float) -> None:
+    """One step at this rate with gradients whose norm before clipping was `norm`; they are cleared.
+
+    Raises:
+        StudentError: the norm is not finite.
+    """
+    if not np.isfinite(norm):
+        raise StudentError(
+            f"the gradient norm is {norm}: lower learning_rate (now {learning_rate:.2g}), or use dtype float32"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def prepare_forward(model: Any, *, dropout: bool, checkpointing: bool) -> None:

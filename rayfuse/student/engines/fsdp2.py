@@ -12,7 +12,6 @@ import contextlib
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,8 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 from rayfuse.config import Stage, Student
-from rayfuse.errors import StudentError
-from rayfuse.student.engines.ddp import adamw
+from rayfuse.student.engines.ddp import adamw, update
 from rayfuse.student.engines.head import Forward, forward_of
 from rayfuse.student.engines.ranges import MOMENTS, WEIGHT
 from rayfuse.student.engines.sharded import ShardedEngine, layers_of
@@ -79,14 +77,7 @@ class FSDP2Engine(ShardedEngine):
             StudentError: it is not finite.
         """
         norm = _number(nn.utils.clip_grad_norm_(self.named.values(), self.stage.grad_clip))
-        if not np.isfinite(norm):
-            raise StudentError(
-                f"the gradient norm is {norm}: lower learning_rate (now {learning_rate:.2g}), or use dtype float32"
-            )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        update(self.optimizer, norm, learning_rate)
         return norm
 
     def take_gradient_norm(self) -> float:
