@@ -8,15 +8,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from rayfuse.alignment.pairs import align
-from rayfuse.config import Data, InfiFPO, parse_config
+from rayfuse.config import Data, InfiFPO
 from rayfuse.data.render import Renderer
-from rayfuse.data.rows import read_preferences, read_samples
+from rayfuse.data.rows import read_preferences
 from rayfuse.errors import MissingSignalsError, TeacherError
 from rayfuse.prepare.preparer import Preparer
-from rayfuse.prepare.spec import PrepareSpec
 from rayfuse.signals.store import SignalStore
 from rayfuse.signals.topk import FIELDS
-from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.transformers import TransformersTeacher
 
 K = 5
@@ -35,21 +33,6 @@ class Counting:
     def score(self, samples):
         Counting.asked[self.name] += len(samples)
         return lambda: self.backend.score(samples)
-
-
-@pytest.fixture
-def world(tiny, tmp_path):
-    config = parse_config(tiny.tree(tmp_path / "run"))
-    spec = PrepareSpec(
-        student=config.student,
-        teachers=tuple(IdentifiedTeacher(teacher, fingerprint(teacher, K)) for teacher in config.teachers),
-        store=str(tmp_path / "store"),
-        k=K,
-        alignment="bytes",
-        max_length=200,
-    )
-    samples, _ = read_samples(Data(path=str(tiny.root / "train.jsonl"), limit=8))
-    return spec, samples
 
 
 def _same(a, b):

@@ -5,14 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from rayfuse.config import SFT, ByteKD, Data, FuseLLM, InfiFusion, Trust, parse_config
-from rayfuse.data.rows import read_samples, samples_of_row
+from rayfuse.config import SFT, ByteKD, FuseLLM, InfiFusion, Trust
+from rayfuse.data.rows import samples_of_row
 from rayfuse.data.sample import Weights
 from rayfuse.errors import DataError
 from rayfuse.prepare.preparer import Preparer
-from rayfuse.prepare.spec import PrepareSpec
 from rayfuse.prepare.weights import refuse_without_weights
-from rayfuse.teachers.identity import IdentifiedTeacher, fingerprint
 from rayfuse.teachers.transformers import TransformersTeacher
 
 K = 5
@@ -26,21 +24,6 @@ class InProcess:
 
     def score(self, samples):
         return lambda: self.backend.score(samples)
-
-
-@pytest.fixture
-def world(tiny, tmp_path):
-    config = parse_config(tiny.tree(tmp_path / "run"))
-    spec = PrepareSpec(
-        student=config.student,
-        teachers=tuple(IdentifiedTeacher(teacher, fingerprint(teacher, K)) for teacher in config.teachers),
-        store=str(tmp_path / "store"),
-        k=K,
-        alignment="bytes",
-        max_length=200,
-    )
-    samples, _ = read_samples(Data(path=str(tiny.root / "train.jsonl"), limit=8))
-    return spec, samples
 
 
 def weighted(samples, first, second, of_samples=None):
